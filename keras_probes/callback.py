@@ -1,0 +1,320 @@
+"""`LinearProbeCallback`, the online driver: schedules probes that train beside a host in `fit`.
+
+In: a host, and what Keras calls back. Out: logs, `ProbeResults`, event files. Where to look is
+decided in `taps`, what is measured in `probes`; the probes of one host are an `OnlineProbes`.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import pandas as pd
+
+from keras_probes.online import OnlineProbes, Settings, mebibytes
+from keras_probes.probes.heads import Sums
+from keras_probes.probes.targets import named_targets
+from keras_probes.results import ProbeResults, Row
+from keras_probes.taps.capture import Joint, Kind, quiet_progress_bar
+from keras_probes.taps.graph import input_spec_of
+from keras_probes.taps.reduce import Reduce
+from keras_probes.taps.select import Selector, nearest
+from keras_probes.view.tensorboard import TensorBoardWriter
+
+METRICS = ("error", "loss", "top5_error")
+
+
+class LinearProbeCallback(keras.callbacks.Callback):
+    """Trains a linear classifier probe at every chosen layer while the model trains.
+
+    A probe is `softmax(W h + b)` on the features `h` of one layer (Alain & Bengio 2016, section
+    3.2). It never influences the model; its error says how linearly separable the classes are at
+    that depth. Probes train once a batch, on the activations that the model computed for it.
+
+    ```python
+    probes = LinearProbeCallback()
+    history = model.fit(x, y, validation_data=(x_val, y_val), callbacks=[probes])
+    history.history["val_probe_error/conv1"]   # {val_}probe_{metric}/{tap}
+    print(probes.results.table())
+    ```
+
+    Args:
+        layers: Where to look. `"auto"`: the input and the layers that every path through the model
+            runs through. `"all"`: the input and every layer. Or a tap's name (`"conv1"`,
+            `"outer/inner"`, `"conv1:preactivation"`, `"dense#0"`, `"lstm[1]"`, `"input"`), a glob
+            (`"*_add"`), a layer class, a layer, a predicate of a layer, or a list of these.
+        reduce: How features are made of a layer's output (section 3.4). `"auto"`: all of them up
+            to 1,000, else a fixed random 1,000; `"gap"`: global average pooling; `"random"`;
+            `"flatten"`; a Keras layer such as `RandomFeatures(500)`; or a mapping from globs over
+            tap names to these.
+        target: What the probes predict (section 3.6). `None`: the model's own labels; a key or
+            index into `y`; a function (x, y) -> labels of TensorFlow operations; or a mapping from
+            names to these, for several targets at once. Labels are integers, shape (batch,) or
+            (batch, 1), or one-hot, shape (batch, classes).
+        num_classes: Number of classes, or a mapping from target names to it. Inferred from one-hot
+            labels or from the model's output where it can be.
+        optimizer: Keras optimizer for the probes; a copy is used. Adam by default.
+        metrics: Which of `"error"`, `"loss"` (cross-entropy in nats) and `"top5_error"` to report.
+        mode: `"shared"`: probes read the model's own forward pass, at almost no cost, and the
+            model trains as without them up to rounding. `"isolated"`: they run a second forward
+            pass, at inference, and the model trains bit for bit as without them.
+        log_dir: Directory for TensorBoard event files; `None` writes none.
+        seed: Seed of the random feature subsets.
+
+    Attributes:
+        memory_limit: Bytes that all probes together may take, 2 GiB unless set otherwise.
+
+    Raises:
+        ValueError: An argument is not one of its choices. What depends on the model or the data
+            is checked when `fit` begins, before the first step.
+    """
+
+    memory_limit = 2 * 2**30
+
+    def __init__(
+        self,
+        layers: Selector = "auto",
+        *,
+        reduce: Reduce = "auto",
+        target: Any = None,
+        num_classes: int | Mapping[str, int] | None = None,
+        optimizer: keras.optimizers.Optimizer | str | None = None,
+        metrics: Sequence[Literal["error", "loss", "top5_error"]] = ("error", "loss"),
+        mode: Literal["shared", "isolated"] = "shared",
+        log_dir: str | os.PathLike | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if keras.backend.backend() != "tensorflow":
+            raise RuntimeError(
+                "keras_probes works with Keras on TensorFlow. Received: Keras on "
+                f"{keras.backend.backend()}. Set KERAS_BACKEND=tensorflow before importing keras."
+            )
+        for metric in metrics or (None,):
+            _one_of("metrics", metric, METRICS)
+        _one_of("mode", mode, ("shared", "isolated"))
+        named_targets(target)
+        self.metrics = tuple(metrics)
+        self.log_dir = log_dir
+        self.results = ProbeResults()
+        self._settings = Settings(
+            layers, reduce, target, num_classes, optimizer, mode == "isolated", seed
+        )
+        self._online: OnlineProbes | None = None
+        self._joint: Joint | None = None
+        self._writer: TensorBoardWriter | None = None
+        self._in_fit = False
+        self._epoch = 0
+
+    # What a user asks for.
+
+    @property
+    def probe_model(self) -> keras.Model:
+        """The sibling model: a mapping from tap names to the host's activations -> probabilities.
+
+        Its output is a mapping from tap names to arrays of shape (batch, num_classes), or with
+        named targets a mapping from their names to such mappings.
+
+        Raises:
+            ValueError: The probes are not built yet: `fit` builds them.
+        """
+        return self._built().model()
+
+    def weights(self, tap: str, target: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the probe of a tap as `softmax(h @ W + b)` of the raw, reduced features h.
+
+        Args:
+            tap: Tap name.
+            target: Name of the target, where they have names.
+
+        Returns:
+            W, float32, shape (n_features, num_classes), and b, float32, shape (num_classes,).
+
+        Raises:
+            ValueError: Unknown tap or target, or the probes are not built yet.
+        """
+        probes = self._built().probes
+        _one_of("tap", tap, probes.taps)
+        _one_of("target", target, probes.targets)
+        return probes.weights(tap, target)
+
+    def summary(
+        self, model: keras.Model | None = None, print_fn: Callable[[str], Any] = print
+    ) -> None:
+        """Prints what is probed: tap, depth, shape, reduction, features, parameters and memory.
+
+        Args:
+            model: The model to be probed; may be left out once `fit` has begun.
+            print_fn: Takes the text.
+
+        Raises:
+            ValueError: No model is known, or its input shape or number of classes is not.
+        """
+        if model is not None:
+            self._adopt(model)
+        if self._online is None:
+            raise ValueError("Pass the model to be probed: probes.summary(model).")
+        if not self._online.built:
+            spec = input_spec_of(self._online.host)
+            if spec is None:
+                raise ValueError(
+                    f"The input shape of {self._online.host.name!r} is not known before its first "
+                    "batch. Call summary() after fit, or give the model a keras.Input."
+                )
+            self._online.choose_taps(spec)
+        sizes = self._online.sizes()
+        table = pd.DataFrame([dataclasses.asdict(tap) for tap in self._online.tap_infos()])
+        table["shape"] = [tap.shape_text for tap in self._online.tap_infos()]
+        table["parameters"] = [f"{parameters:,}" for parameters, _ in sizes.values()]
+        table["memory"] = [mebibytes(memory) for _, memory in sizes.values()]
+        print_fn(table.rename(columns={"name": "tap"}).to_string(index=False))
+        parameters, memory = (sum(column) for column in zip(*sizes.values(), strict=True))
+        print_fn(f"{len(sizes)} taps, {parameters:,} parameters, {mebibytes(memory)}")
+
+    # What Keras calls.
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        self._in_fit = False  # every fit, and every evaluate outside of one, sets the model anew
+        quiet_progress_bar(lambda: self._joint)
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._check_host(self.model)
+        online = self._adopt(self.model)
+        self.results = ProbeResults()
+        spec = input_spec_of(self.model)
+        if spec is not None:  # else the first batch will tell
+            online.choose_taps(spec)
+        self._writer = TensorBoardWriter(self.log_dir) if self.log_dir is not None else None
+        self._join("train", online)
+        self._in_fit = True
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._epoch = epoch
+        if self._online is not None and self._online.built:
+            self._online.probes.reset_sums()
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        self._expect("train")
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if self._writer is not None:
+            self._writer.write(self.results, epoch)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self._leave("test", "train")
+        self._in_fit = False
+        if self._writer is not None:
+            self._writer.close()
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        online = self._online
+        if online is None or not online.built or online.host is not self.model:
+            raise ValueError(
+                "These probes have not been trained on this model. Pass the callback to its `fit` "
+                f"before `evaluate`. Received: evaluate of {self.model.name!r}."
+            )
+        online.probes.reset_sums()
+        self._join("test", online)
+
+    def on_test_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        self._expect("test")
+
+    def on_test_end(self, logs: dict | None = None) -> None:
+        self._leave(*("test",) if self._in_fit else ("test", "train"))
+
+    # How it is done.
+
+    def _adopt(self, model: keras.Model) -> OnlineProbes:
+        """Returns the probes of `model`; those of another host are dropped."""
+        if self._online is None or self._online.host is not model:
+            self._online = OnlineProbes(model, self._settings, self.memory_limit, self._report)
+        return self._online
+
+    def _built(self) -> OnlineProbes:
+        if self._online is None or not self._online.built:
+            raise ValueError("The probes are not built yet. Pass this callback to model.fit first.")
+        return self._online
+
+    def _check_host(self, model: keras.Model) -> None:
+        optimizer = self._settings.optimizer
+        if optimizer is not None and optimizer is model.optimizer:
+            raise ValueError(
+                "The probes need an optimizer of their own. Received: optimizer= is the model's. "
+                "Leave optimizer= out, or pass a new one."
+            )
+        replicas = model.distribute_strategy.num_replicas_in_sync
+        if replicas > 1:
+            raise ValueError(
+                "Expected a model on one device. Received: a model under "
+                f"{type(model.distribute_strategy).__name__} with {replicas} replicas. Train the "
+                "probes on one replica."
+            )
+
+    def _join(self, kind: Kind, online: OnlineProbes) -> None:
+        own = self._joint if self._joint and self._joint.host is online.host else None
+        self._joint = Joint.at(online.host) or own or Joint(online.host)
+        self._joint.attach(kind, online, new_run=kind == "train" or not self._in_fit)
+
+    def _expect(self, kind: Kind) -> None:
+        if self._joint is not None and self._online is not None:
+            self._joint.expect(kind, self._online)
+
+    def _leave(self, *kinds: Kind) -> None:
+        if self._joint is not None and self._online is not None:
+            for kind in kinds:
+                self._joint.detach(kind, self._online)
+
+    def _report(self, kind: Kind, sums: Sums) -> dict[str, float]:
+        """Takes an epoch's or evaluation's sums into the results; its logs."""
+        assert self._online is not None
+        if not self.results.taps:
+            self.results.taps = self._online.tap_infos()
+        split = "train" if kind == "train" else "validation" if self._in_fit else "test"
+        rows = list(self._rows(sums, split, int(np.asarray(self._online.probes.steps))))
+        self.results.add(rows)
+        return {_log_key(row): row.value for row in rows}
+
+    def _rows(self, sums: Sums, split: str, step: int) -> Iterable[Row]:
+        for target, by_tap in sums.items():
+            for metric in self.metrics:
+                for tap, row in by_tap.items():
+                    yield Row(
+                        epoch=self._epoch,
+                        step=step,
+                        split=split,
+                        target=target,
+                        tap=tap,
+                        metric=metric,
+                        value=_measure(metric, row),
+                        n=int(row["count"]),
+                        nonfinite=int(row["nonfinite"]),
+                    )
+
+
+def _measure(metric: str, sums: Mapping[str, float]) -> float:
+    numerator, denominator = {
+        "error": ("wrong", "count"),
+        "top5_error": ("wrong_top5", "count"),
+        "loss": ("weighted_loss", "weight"),
+    }[metric]
+    return sums[numerator] / sums[denominator] if sums[denominator] else math.nan
+
+
+def _log_key(row: Row) -> str:
+    prefix = "probe" if row.target is None else f"probe_{row.target}"
+    return f"{prefix}_{row.metric}/{row.tap}"
+
+
+def _one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        hint = (
+            f" {nearest(value, choices)}" if isinstance(value, str) and None not in choices else ""
+        )
+        raise ValueError(
+            f"Expected {name} to be one of {', '.join(map(repr, choices))}. "
+            f"Received: {name}={value!r}.{hint}"
+        )

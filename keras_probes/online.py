@@ -1,0 +1,224 @@
+"""The probes of one host, riding in its steps.
+
+In: batches, as a host computes them. Out: trained probes and sums of what they got wrong. This is
+the observer that `taps.capture` calls; the callback decides when.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_probes.probes.heads import ProbeSet, Sums, memory_of, own_optimizer, parameters_of
+from keras_probes.probes.targets import Target, expected_classes, resolve_targets
+from keras_probes.results import TapInfo
+from keras_probes.taps.capture import Kind
+from keras_probes.taps.plan import TapPlan, make_plan
+from keras_probes.taps.record import Site
+from keras_probes.taps.reduce import Reduce
+from keras_probes.taps.select import Selector
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the user asked for, as `LinearProbeCallback` takes it."""
+
+    layers: Selector
+    reduce: Reduce
+    target: Any
+    num_classes: int | Mapping[str, int] | None
+    optimizer: keras.optimizers.Optimizer | str | None
+    isolated: bool
+    seed: int
+
+
+class OnlineProbes:
+    """Probes that train on the batches of one host.
+
+    They are built in two steps: the taps once the host's input is known, the probes once the data
+    is, which tells what labels look like.
+
+    Args:
+        host: The model.
+        settings: What to probe and how.
+        memory_limit: Bytes all probes together may take.
+        report: Makes the logs of an epoch or evaluation from its sums.
+    """
+
+    def __init__(
+        self,
+        host: keras.Model,
+        settings: Settings,
+        memory_limit: int,
+        report: Callable[[Kind, Sums], dict[str, float]],
+    ):
+        self.host = host
+        self.isolated = settings.isolated
+        self.targets: list[Target] = []
+        self._settings = settings
+        self._memory_limit = memory_limit
+        self._report = report
+        self._plan: TapPlan | None = None
+        self._probes: ProbeSet | None = None
+        self._model: keras.Model | None = None
+
+    @property
+    def built(self) -> bool:
+        """Whether the probes are there."""
+        return self._probes is not None
+
+    @property
+    def plan(self) -> TapPlan:
+        """The taps; after `choose_taps`."""
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def probes(self) -> ProbeSet:
+        """The probes; once `built`."""
+        assert self._probes is not None
+        return self._probes
+
+    def choose_taps(self, input_spec: Any) -> None:
+        """Looks at the host, once its input is known, and picks the taps.
+
+        Raises:
+            TypeError, ValueError: What the user asked for does not fit the host.
+        """
+        if self._plan is None:
+            wanted = self._settings
+            self._plan = make_plan(self.host, input_spec, wanted.layers, wanted.reduce, wanted.seed)
+
+    def model(self) -> keras.Model:
+        """The sibling Keras model: the host's tensors by tap name -> probabilities."""
+        if self._model is None:
+            inputs = self.plan.inputs()
+            features = {t.tap.name: t.features(inputs[t.tap.name]) for t in self.plan.taps}
+            outputs = self.probes.outputs(features)
+            with warnings.catch_warnings():
+                # Tap names may hold slashes, which names of inputs may not, so that they differ.
+                warnings.filterwarnings("ignore", "When providing `inputs` as a dict")
+                self._model = keras.Model(inputs, outputs.get(None, outputs), name="linear_probes")
+        return self._model
+
+    def tap_infos(self) -> list[TapInfo]:
+        """What the results say of each tap."""
+        return [
+            TapInfo(
+                name=t.tap.name,
+                depth=t.tap.depth,
+                layer=t.tap.layer_type,
+                shape=(t.tap.shape or (None,))[1:],
+                reduction=type(t.reduction).__name__,
+                features=t.n_features,
+            )
+            for t in self.plan.taps
+        ]
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Number of parameters, and memory in bytes, of the probes of each tap.
+
+        Raises:
+            ValueError: The number of classes is not known yet.
+        """
+        classes: Sequence[int | None] = [t.num_classes for t in self.targets]
+        if not classes:
+            asked = self._settings
+            known = expected_classes(asked.target, asked.num_classes, self.plan.graph.outputs)
+            classes = list(known.values())
+        counts = [count for count in classes if count is not None]
+        if len(counts) < len(classes):
+            raise ValueError(
+                "The number of classes is not known before the first batch. Pass num_classes= to "
+                "see the number of parameters, or call summary() after fit."
+            )
+        return {
+            tap: (
+                sum(parameters_of(n_features, count) for count in counts),
+                sum(memory_of(n_features, count) for count in counts),
+            )
+            for tap, n_features in self.plan.n_features.items()
+        }
+
+    # What the joint calls: the protocol `capture.Observer`.
+
+    def prepare(self, data_spec: Any) -> None:
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data_spec)
+        self.choose_taps(x)
+        wanted = self._settings
+        targets = resolve_targets(wanted.target, wanted.num_classes, x, y, self.plan.graph.outputs)
+        if self.built and targets != self.targets:
+            raise ValueError(
+                f"The probes were built for {_classes(self.targets)}. Received: labels of "
+                f"{_classes(targets)}. Use a new LinearProbeCallback for other labels."
+            )
+        if not self.built:
+            self.targets = targets
+            self._check_memory()
+            classes = {target.name: target.num_classes for target in targets}
+            optimizer = own_optimizer(wanted.optimizer)
+            self._probes = ProbeSet(self.plan.n_features, classes, optimizer)
+
+    def sites(self) -> Iterable[Site]:
+        return self.plan.sites()
+
+    def observe(self, kind: Kind, tensors: dict[Site, tf.Tensor], data: Any) -> None:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        features = self.plan.features(tensors)
+        labels = {target.name: target.labels(x, y) for target in self.targets}
+        weights = {t.name: t.weights(sample_weight, labels[t.name]) for t in self.targets}
+        if kind == "train":
+            self.probes.train(features, labels, weights)
+        else:
+            self.probes.test(features, labels, weights)
+
+    def checked(self, kind: Kind) -> None:  # noqa: ARG002
+        self._check_labels(self.probes.sums())
+
+    def logs(self, kind: Kind) -> dict[str, float]:
+        sums = self.probes.sums()
+        self._check_labels(sums)
+        return self._report(kind, sums)
+
+    # What goes wrong.
+
+    def _check_memory(self) -> None:
+        memory = {tap: size for tap, (_, size) in self.sizes().items()}
+        if sum(memory.values()) > self._memory_limit:
+            largest = max(memory, key=memory.__getitem__)
+            raise ValueError(
+                f"The probes would take {mebibytes(sum(memory.values()))}, more than the limit of "
+                f"{mebibytes(self._memory_limit)}; most of it {largest!r}, with "
+                f"{self.plan.n_features[largest]:,} features: {mebibytes(memory[largest])}. Keep "
+                'fewer features with reduce="gap" or reduce="auto" (at most 1,000 a tap), choose '
+                "fewer layers, or set memory_limit on the callback, in bytes."
+            )
+
+    def _check_labels(self, sums: Sums) -> None:
+        for target in self.targets:
+            of_tap = next(iter(sums[target.name].values()))
+            unlabelled = int(of_tap["unlabelled"])
+            if unlabelled:
+                total = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
+                name = "" if target.name is None else f" of target {target.name!r}"
+                raise ValueError(
+                    f"Expected labels{name} to be integers from 0 to {target.num_classes - 1}, or "
+                    f"one-hot rows that sum to 1. Received: {unlabelled} of {total} labels that "
+                    "are not. Labels that start at 1 need y - 1; several classes for one example "
+                    "need a target= function that picks one."
+                )
+
+
+def mebibytes(size: float) -> str:
+    """A number of bytes in words."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _classes(targets: Iterable[Target]) -> str:
+    return ", ".join(
+        f"{t.num_classes} classes" + (f" ({t.name!r})" if t.name is not None else "")
+        for t in targets
+    )

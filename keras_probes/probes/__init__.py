@@ -1,0 +1,1 @@
+"""What is measured: targets, heads and their training."""

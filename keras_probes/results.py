@@ -1,0 +1,325 @@
+"""The record of what probes measured: both drivers fill it, every view reads it.
+
+In: one `Row` a measure. Out: a tidy frame, a table, files.
+"""
+
+import dataclasses
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+Z_95 = 1.959963984540054  # 97.5% point of the standard normal distribution
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = (
+    "epoch",
+    "step",
+    "split",
+    "target",
+    "tap",
+    "depth",
+    "metric",
+    "value",
+    "n",
+    "ci_low",
+    "ci_high",
+    "nonfinite",
+)
+_ERRORS = ("error", "top5_error")
+_MANIFEST = "probes.json"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TapInfo:
+    """What the table says of a tap.
+
+    Attributes:
+        name: Canonical tap name.
+        depth: Position along the graph, 0 is the input.
+        layer: Class name of the layer.
+        shape: Shape of one example's activation, without the batch.
+        reduction: What makes features of it.
+        features: Number of features of the probe.
+    """
+
+    name: str
+    depth: int
+    layer: str
+    shape: tuple[int | None, ...]
+    reduction: str
+    features: int
+
+    @property
+    def shape_text(self) -> str:
+        """The shape as tables show it, such as `28 x 28 x 3`."""
+        return " x ".join("?" if size is None else str(size) for size in self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measure of one probe.
+
+    Attributes:
+        epoch: Epoch, from 0, as in Keras's History.
+        step: Number of batches the probes were trained on until then.
+        split: `"train"`, `"validation"` or `"test"`.
+        target: Name of the target; `None` if there is a single, unnamed one.
+        tap: Tap name.
+        metric: `"error"`, `"loss"` (nats) or `"top5_error"`.
+        value: The measure; NaN where no example could be measured.
+        n: Number of examples it was measured on.
+        nonfinite: Number of examples left out since a feature was NaN or infinite.
+    """
+
+    epoch: int
+    step: int
+    split: str
+    target: str | None
+    tap: str
+    metric: str
+    value: float
+    n: int
+    nonfinite: int = 0
+
+
+_ROW = tuple(field.name for field in dataclasses.fields(Row))
+
+
+def wilson_interval(error: float, n: int) -> tuple[float, float]:
+    """95% confidence interval of a proportion (Wilson 1927).
+
+    Args:
+        error: Observed proportion, 0 to 1.
+        n: Number of examples.
+
+    Returns:
+        Lower and upper bound, 0 to 1; NaN where there are no examples.
+    """
+    if n == 0 or math.isnan(error):
+        return math.nan, math.nan
+    centre = error + Z_95**2 / (2 * n)
+    half = Z_95 * math.sqrt(error * (1 - error) / n + Z_95**2 / (4 * n**2))
+    scale = 1 + Z_95**2 / n
+    # Rounding must not push a bound past the observed proportion at 0 and 1.
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return min(error, max(0.0, low)), max(error, min(1.0, high))
+
+
+class ProbeResults:
+    """What probes measured, for every tap, target, split and epoch.
+
+    Args:
+        taps: The taps in graph order.
+        rows: Measures to begin with.
+    """
+
+    def __init__(self, taps: Sequence[TapInfo] = (), rows: Iterable[Row] = ()):
+        self.taps = list(taps)
+        self.rows = list(rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Takes further measures into the record."""
+        self.rows.extend(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def frame(self) -> pd.DataFrame:
+        """Returns all measures, tidy: one row for each.
+
+        Returns:
+            A frame with the columns `epoch`, `step`, `split`, `target`, `tap`, `depth`, `metric`,
+            `value`, `n`, `ci_low` and `ci_high` (95% Wilson interval of an error, NaN for a loss),
+            and `nonfinite` (examples left out since a feature was NaN or infinite). In order of
+            time, then depth.
+        """
+        depths = {tap.name: tap.depth for tap in self.taps}
+        records = []
+        for row in self.rows:
+            low, high = math.nan, math.nan
+            if row.metric in _ERRORS:
+                low, high = wilson_interval(row.value, row.n)
+            extra = {"depth": depths[row.tap], "ci_low": low, "ci_high": high}
+            records.append({**dataclasses.asdict(row), **extra})
+        frame = pd.DataFrame.from_records(records, columns=list(COLUMNS))
+        return frame.astype({"value": "float64", "ci_low": "float64", "ci_high": "float64"})
+
+    def table(
+        self, metric: str = "error", *, epoch: int | None = None, target: str | None = None
+    ) -> pd.DataFrame:
+        """Returns one row a tap in graph order, as the paper's table 4a.
+
+        Args:
+            metric: Which measure to show.
+            epoch: Which epoch, from 0; by default each split's latest.
+            target: Which target; may be left out if there is only one.
+
+        Returns:
+            A frame indexed by tap, with `depth`, `layer`, `shape`, `reduction`, `features`, and
+            for each measured split its value and, for an error, `±95%`: half the width of its
+            confidence interval. `nonfinite` is there if examples had to be left out: their number
+            in the splits shown.
+
+        Raises:
+            ValueError: There are several targets and none is named, or nothing of this metric,
+                epoch or target was measured.
+        """
+        frame = self.frame()
+        frame = frame[self._one_target(frame, target)]
+        shown = frame[frame["metric"] == metric]
+        if epoch is not None:
+            shown = shown[shown["epoch"] == epoch]
+        if shown.empty:
+            raise ValueError(
+                f"Nothing to show for metric={metric!r}, epoch={epoch!r}, target={target!r}. "
+                f"Measured: metrics {_known(frame['metric'])}, epochs {_known(frame['epoch'])}."
+            )
+        latest = shown.groupby(["split", "tap"]).tail(1).set_index(["split", "tap"])
+        table = pd.DataFrame(
+            [dataclasses.asdict(tap) for tap in self.taps],
+            columns=[field.name for field in dataclasses.fields(TapInfo)],
+        ).set_index("name")
+        table.index.name = "tap"
+        table["shape"] = [tap.shape_text for tap in self.taps]
+        table["nonfinite"] = 0
+        for split in SPLITS:
+            if split not in latest.index.get_level_values("split"):
+                continue
+            rows = latest.loc[split].reindex(table.index)
+            table[f"{split} {metric}"] = rows["value"]
+            if metric in _ERRORS:
+                table[f"{split} ±95%"] = (rows["ci_high"] - rows["ci_low"]) / 2
+            table["nonfinite"] += rows["nonfinite"].fillna(0).astype(int)
+        nonfinite = table.pop("nonfinite")
+        return table.assign(nonfinite=nonfinite) if nonfinite.any() else table
+
+    def _one_target(self, frame: pd.DataFrame, target: str | None) -> pd.Series:
+        names = list(dict.fromkeys(row.target for row in self.rows))
+        if target is None and len(names) > 1:
+            raise ValueError(
+                f"There are several targets. Name one of {', '.join(map(repr, names))} as target=."
+            )
+        if target is not None and target not in names:
+            raise ValueError(f"Unknown target. Received: target={target!r}. Measured: {names}.")
+        wanted = target if target is not None else next(iter(names), None)
+        return pd.Series([row.target == wanted for row in self.rows], frame.index, dtype=bool)
+
+    def __str__(self) -> str:
+        """The tables, as text."""
+        tables = self._tables()
+        if not tables:
+            return repr(self)
+        return "\n\n".join(
+            ("" if name is None else f"{name}\n") + table.to_string(float_format="{:.4f}".format)
+            for name, table in tables.items()
+        )
+
+    def _repr_html_(self) -> str:
+        """The tables, as notebooks show them."""
+        return "\n".join(
+            ("" if name is None else f"<h4>{html.escape(name)}</h4>\n")
+            + table.to_html(float_format="{:.4f}".format)
+            for name, table in self._tables().items()
+        ) or html.escape(repr(self))
+
+    def _tables(self) -> dict[str | None, pd.DataFrame]:
+        """The table of each target, of the metric that was asked for first."""
+        targets = dict.fromkeys(row.target for row in self.rows)
+        return {target: self.table(self.rows[0].metric, target=target) for target in targets}
+
+    def __repr__(self) -> str:
+        epochs = len({row.epoch for row in self.rows})
+        return f"<ProbeResults: {len(self.taps)} taps, {epochs} epochs, {len(self)} measures>"
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the record into a directory: `probes.json`, and the measures as CSV beside it.
+
+        The manifest, which names the file of measures, is put in place last and at once, so that a
+        save that is interrupted leaves an earlier one whole.
+
+        Args:
+            directory: Made if it is not there.
+        """
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        rows = pd.DataFrame([dataclasses.asdict(row) for row in self.rows], columns=list(_ROW))
+        text = rows.to_csv(index=False)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        measures = f"measures-{digest[:16]}.csv"
+        manifest = {
+            "format": _FORMAT,
+            "measures": measures,
+            "sha256": digest,
+            "taps": [dataclasses.asdict(tap) for tap in self.taps],
+        }
+        _write_whole(directory / measures, text)
+        _write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1))
+        for stale in directory.glob("measures-*.csv"):
+            if stale.name != measures:
+                stale.unlink()
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> "ProbeResults":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no saved record in the directory.
+            ValueError: The files are damaged, or of a format this version does not know.
+        """
+        directory = pathlib.Path(directory)
+        try:
+            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+            text = (directory / manifest["measures"]).read_text(encoding="utf-8", newline="")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"Expected a directory that ProbeResults.save wrote, with {_MANIFEST} and the file "
+                f"of measures it names. Received: {str(directory)!r}; missing: {error.filename!r}."
+            ) from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{directory / _MANIFEST} is damaged: {error!r}.") from error
+        if manifest.get("format") != _FORMAT:
+            raise ValueError(
+                f"Expected results of format {_FORMAT}. Received: format "
+                f"{manifest.get('format')!r} in {str(directory)!r}. Load them with the version of "
+                "keras_probes that wrote them."
+            )
+        if hashlib.sha256(text.encode()).hexdigest() != manifest["sha256"]:
+            raise ValueError(
+                f"{directory / manifest['measures']} is damaged: its checksum is not the one "
+                f"in {_MANIFEST}. Save the results again."
+            )
+        types = {"target": str, "tap": str, "split": str, "metric": str}
+        frame = pd.read_csv(
+            io.StringIO(text),
+            dtype=types,
+            keep_default_na=False,
+            na_values={"value": [""]},
+            float_precision="round_trip",
+        )
+        taps = [TapInfo(**{**tap, "shape": tuple(tap["shape"])}) for tap in manifest["taps"]]
+        records: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
+        rows = [Row(**{**record, "target": record["target"] or None}) for record in records]
+        return cls(taps, rows)
+
+
+def _known(values: pd.Series) -> str:
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that under its name there is all of it or what was there before."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,353 @@
+"""Joining a host's steps: runs observers on the tensors of the batch that the host just computed.
+
+In: a host inside `fit` or `evaluate`, and observers. Out: each observer called once a step, within
+the host's own compiled step or, isolated from it, after a second forward pass of its own; and the
+observers' numbers in the epoch's logs.
+
+This is the only file that touches the internals of Keras's trainer. What it relies on, each held by
+a test: `fit` makes `train_function` before `on_train_begin` and looks it up at every step,
+`evaluate` likewise with `test_function` and `on_test_begin`; both call the callbacks'
+`on_*_batch_begin` right before the step, and hand what the last step returned to
+`_get_metrics_result_or_logs`, once an epoch.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import keras
+import tensorflow as tf
+
+from keras_probes.taps.graph import call_at_inference
+from keras_probes.taps.record import Site, record_calls
+
+Kind = Literal["train", "test"]
+
+_EPOCH_LOGS = "_get_metrics_result_or_logs"
+_LOGS_AS_LIST = "_flatten_metrics_in_order"
+
+
+class Observer(Protocol):
+    """What rides along in a host's steps.
+
+    Attributes:
+        isolated: Whether it wants a forward pass of its own, at inference, before the host's step.
+    """
+
+    isolated: bool
+
+    def prepare(self, data_spec: Any) -> None:
+        """Gets ready for batches of this spec; called before the first step of a fit."""
+
+    def sites(self) -> Iterable[Site]:
+        """The tensors it wants to see; asked after `prepare`."""
+
+    def observe(self, kind: Kind, tensors: dict[Site, tf.Tensor], data: Any) -> None:
+        """Takes in one batch; runs within a traced step."""
+
+    def checked(self, kind: Kind) -> None:
+        """Called after the first step of a fit or an evaluation, outside of any trace."""
+
+    def logs(self, kind: Kind) -> dict[str, float]:
+        """Numbers for the logs of the epoch or the evaluation that ends now."""
+
+
+class Joint:
+    """Where observers are joined to one host's train and test steps.
+
+    While an observer is attached, the host's compiled functions are replaced by guards. A guard
+    runs the observed step only if an observer said, in its `on_*_batch_begin`, that the call which
+    follows is its own; any other call (a plain `fit` after an interrupted one, `train_on_batch`,
+    an `evaluate` by another callback) gets the host's plain function. So what an exception leaves
+    behind is inert.
+
+    Args:
+        host: The model.
+    """
+
+    def __init__(self, host: keras.Model):
+        self.host = host
+        self.keys: set[str] = set()  # of all logs that observers have added
+        self._attached: dict[Kind, list[Observer]] = {"train": [], "test": []}
+        self._expected: dict[Kind, list[Observer]] = {"train": [], "test": []}
+        self._newcomers: list[Observer] = []  # attached since the last step
+        self._unprepared: list[tuple[Kind, Observer]] = []
+        self._guards: dict[Kind, Any] = {}
+        self._observed: dict[tuple, tuple[Callable, Callable]] = {}  # key -> (plain, observed)
+        self._last: tuple[Any, Kind, list[Observer]] = (None, "train", [])
+
+    @classmethod
+    def at(cls, host: keras.Model) -> "Joint | None":
+        """Returns the joint that is in place on `host`, if any."""
+        return getattr(vars(host).get(_EPOCH_LOGS), "joint", None)
+
+    def attach(self, kind: Kind, observer: Observer, *, new_run: bool) -> None:
+        """Joins `observer` to the steps of `kind`; once the host's function for them is made.
+
+        Args:
+            kind: Which steps.
+            observer: What to run in them.
+            new_run: Whether a `fit`, or an `evaluate` of its own, begins. Observers that a run
+                before it left attached, since it was interrupted, are let go.
+        """
+        if new_run:
+            for attached in self._attached.values():
+                attached[:] = [o for o in attached if o in self._newcomers]
+        self._newcomers.append(observer)
+        if observer not in self._attached[kind]:
+            self._attached[kind].append(observer)
+        self._unprepared.append((kind, observer))
+        self._expected[kind].clear()
+        function = getattr(self.host, f"{kind}_function")
+        if function is not self._guards.get(kind):
+            self._guards[kind] = self._guard(kind, function)
+            setattr(self.host, f"{kind}_function", self._guards[kind])
+        if Joint.at(self.host) is not self:
+            self._replace_epoch_logs()
+
+    def detach(self, kind: Kind, observer: Observer) -> None:
+        """Takes `observer` off; the last one to go leaves the host as it was."""
+        if observer in self._attached[kind]:
+            self._attached[kind].remove(observer)
+        if not self._attached[kind]:
+            self._restore(kind)
+            if kind == "test" and _evaluate_returns_list(self.host):
+                self._keep_off_list()
+        if not any(self._attached.values()):
+            self._restore_epoch_logs()
+
+    def expect(self, kind: Kind, observer: Observer) -> None:
+        """Says that the host's next step of `kind` belongs to a run `observer` takes part in."""
+        if observer in self._attached[kind]:
+            self._expected[kind].append(observer)
+
+    # The compiled functions.
+
+    def _guard(self, kind: Kind, plain: Callable) -> Callable:
+        def guard(iterator: Any) -> Any:
+            observers = list(dict.fromkeys(self._expected[kind]))
+            self._expected[kind].clear()
+            if not observers:
+                return plain(iterator)
+            self._newcomers.clear()
+            try:
+                logs = self._run(kind, observers, plain, iterator)
+            except StopIteration:  # the data has run out
+                raise
+            except BaseException:
+                self._remove()
+                raise
+            self._last = (logs, kind, observers)
+            return logs
+
+        guard.plain = plain  # type: ignore[attr-defined]
+        return guard
+
+    def _run(self, kind: Kind, observers: list[Observer], plain: Callable, iterator: Any) -> Any:
+        fresh = [o for o in observers if (kind, o) in self._unprepared]
+        for observer in fresh:
+            observer.prepare(iterator.element_spec)
+            self._unprepared.remove((kind, observer))
+
+        shared = [o for o in observers if not o.isolated]
+        isolated = [o for o in observers if o.isolated]
+        step = self._shared(kind, shared, plain) if shared else plain
+        if isolated:
+            look = self._isolated(kind, isolated, iterator.element_spec)
+            logs = self._in_turn(look, self._on_batch(kind, step, iterator.element_spec), iterator)
+        else:
+            logs = step(iterator)
+        for observer in fresh:
+            observer.checked(kind)
+        return logs
+
+    def _shared(self, kind: Kind, observers: list[Observer], plain: Callable) -> Callable:
+        """The host's function, compiled anew with the observers inside of its step."""
+        host_step = getattr(self.host, f"{kind}_step")
+
+        def step(data: Any) -> Any:
+            with record_calls(self.host, _layers(observers)) as recording:
+                outputs = host_step(data)
+            for observer in observers:
+                observer.observe(kind, recording.tensors, data)
+            return outputs
+
+        def make() -> Callable:
+            with _instance_attribute(self.host, f"{kind}_step", step):
+                getattr(self.host, f"make_{kind}_function")(force=True)
+            made = getattr(self.host, f"{kind}_function")
+            setattr(self.host, f"{kind}_function", self._guards[kind])
+            return made
+
+        return self._cached((kind, "shared", *map(id, observers)), plain, make)
+
+    def _isolated(self, kind: Kind, observers: list[Observer], spec: Any) -> Callable:
+        """A function of one batch: a forward pass at inference, and the observers on it."""
+
+        def look(data: Any) -> None:
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+            with record_calls(self.host, _layers(observers)) as recording, keras.StatelessScope():
+                call_at_inference(self.host, x)
+            for observer in observers:
+                observer.observe(kind, recording.tensors, data)
+
+        key = (kind, "isolated", str(spec), *map(id, observers))
+        return self._cached(key, self._guards[kind].plain, lambda: self._compiled(look, spec))
+
+    def _on_batch(self, kind: Kind, step: Callable, spec: Any) -> Callable:
+        """The host's function of an iterator as one of a batch."""
+
+        def on_batch(data: Any) -> Any:
+            return step(iter([data]))
+
+        return self._cached(
+            (kind, "on_batch", str(spec)), step, lambda: self._compiled(on_batch, spec)
+        )
+
+    def _in_turn(self, look: Callable, step: Callable, iterator: Iterator) -> Any:
+        logs, batches = None, 0
+        while batches < self.host.steps_per_execution:
+            try:
+                data = next(iterator)
+            except StopIteration:
+                if batches:
+                    break
+                raise
+            look(data)
+            logs = step(data)
+            batches += 1
+        return logs
+
+    def _compiled(self, function: Callable, spec: Any) -> Callable:
+        """Compiles a function of a batch for the shapes of the whole data, not of one batch.
+
+        The host's step then sees the sizes it would see without observers: with a batch size known
+        while tracing, the compiler folds constants otherwise, and last bits change.
+        """
+        if self.host.run_eagerly:
+            return function
+        return tf.function(function, input_signature=[spec], autograph=False)
+
+    def _cached(self, key: tuple, plain: Callable, make: Callable[[], Callable]) -> Callable:
+        """Compiles once for each function it stands for: `compile()` makes the host a new one."""
+        if key not in self._observed or self._observed[key][0] is not plain:
+            self._observed[key] = (plain, make())
+        return self._observed[key][1]
+
+    # The logs.
+
+    def _replace_epoch_logs(self) -> None:
+        epoch_logs = getattr(self.host, _EPOCH_LOGS)
+
+        def with_observers(logs: Any) -> Any:
+            result = epoch_logs(logs)
+            last, kind, observers = self._last
+            if logs is not last or last is None:
+                return result
+            self._last = (None, "train", [])
+            added: dict[str, float] = {}
+            for observer in observers:
+                added.update(observer.logs(kind))
+            self.keys |= added.keys()
+            return {**result, **added}
+
+        with_observers.joint = self  # type: ignore[attr-defined]
+        vars(self.host)[_EPOCH_LOGS] = with_observers
+
+    def _keep_off_list(self) -> None:
+        """Keeps the observers' logs off the list that the running `evaluate` goes on to make."""
+        own, as_list = vars(self.host), getattr(self.host, _LOGS_AS_LIST)
+
+        def without_observers(logs: dict[str, Any]) -> Any:
+            own.pop(_LOGS_AS_LIST, None)
+            return as_list({key: v for key, v in logs.items() if key not in self.keys})
+
+        own[_LOGS_AS_LIST] = without_observers
+
+    def _restore(self, kind: Kind) -> None:
+        guard = self._guards.pop(kind, None)
+        if guard is not None and getattr(self.host, f"{kind}_function") is guard:
+            setattr(self.host, f"{kind}_function", guard.plain)
+
+    def _restore_epoch_logs(self) -> None:
+        if Joint.at(self.host) is self:
+            del vars(self.host)[_EPOCH_LOGS]
+
+    def _remove(self) -> None:
+        for kind in ("train", "test"):
+            self._attached[kind].clear()
+            self._restore(kind)
+        self._restore_epoch_logs()
+
+
+def _layers(observers: Iterable[Observer]) -> list[keras.Operation]:
+    """Each layer that some observer wants to see, once."""
+    return list(dict.fromkeys(site.layer for o in observers for site in o.sites()))
+
+
+@contextlib.contextmanager
+def _instance_attribute(host: keras.Model, name: str, value: Any) -> Iterator[None]:
+    """Shadows a method of `host` for a while, out of sight of Keras's attribute tracking."""
+    own = vars(host)
+    had_own, original = name in own, own.get(name)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if had_own:
+            own[name] = original
+        else:
+            del own[name]
+
+
+def _evaluate_returns_list(host: keras.Model) -> bool:
+    """Whether the `evaluate` of `host` that is running was called without `return_dict=True`."""
+    for frame in _callers():
+        if frame.f_code.co_name == "evaluate" and frame.f_locals.get("self") is host:
+            return not frame.f_locals.get("return_dict", False)
+    return False
+
+
+def quiet_progress_bar(joint: Callable[[], Joint | None]) -> None:
+    """Keeps the observers' keys off the progress bar of the run that is being set up.
+
+    To be called within a callback's `set_model`. Logs reach all callbacks alike, and the bar would
+    print every key at the end of an epoch, several lines of them. The bar itself is made for each
+    run by the `CallbackList`, which a callback meets only as its caller.
+
+    Args:
+        joint: Returns the joint whose `keys` to hide.
+    """
+    bar = next(filter(None, (_bar_of(f.f_locals.get("self")) for f in _callers())), None)
+    if bar is None or hasattr(vars(bar).get("on_epoch_end"), "quiet"):
+        return
+    for method in ("on_epoch_end", "on_test_end"):
+        vars(bar)[method] = _without_keys(getattr(bar, method), joint)
+
+
+def _callers() -> Iterator[FrameType]:
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        yield frame
+
+
+def _bar_of(caller: Any) -> keras.callbacks.ProgbarLogger | None:
+    if not isinstance(caller, keras.callbacks.CallbackList):
+        return None
+    bars = (c for c in caller.callbacks if isinstance(c, keras.callbacks.ProgbarLogger))
+    return next(bars, None)
+
+
+def _without_keys(method: Callable, joint: Callable[[], Joint | None]) -> Callable:
+    def quiet(*args: Any, logs: Any = None) -> None:
+        # Keras passes the logs last and by position.
+        if logs is None:
+            args, logs = args[:-1], args[-1]
+        keys = getattr(joint(), "keys", ())
+        method(*args, {k: v for k, v in (logs or {}).items() if k.removeprefix("val_") not in keys})
+
+    quiet.quiet = True  # type: ignore[attr-defined]
+    return quiet

@@ -1,0 +1,135 @@
+"""What is looked at: the taps of one host with the reduction of each.
+
+In: a host and the user's `layers=` and `reduce=`. Out: a `TapPlan`, which turns the tensors that
+are recorded while the host runs into features. Online and offline probes share it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_probes.taps.graph import HostGraph, Tap, trace
+from keras_probes.taps.record import Site
+from keras_probes.taps.reduce import Reduce, StopGradient, reduction_for
+from keras_probes.taps.select import Selector, glob_match, nearest, select
+
+
+@dataclasses.dataclass(frozen=True)
+class ReducedTap:
+    """A tap with what makes features of it.
+
+    Attributes:
+        tap: Where to look.
+        stop_gradient: The diode between the host and the probe.
+        reduction: Keras layer, (batch, ...) -> float32 (batch, n_features).
+        n_features: Number of features.
+    """
+
+    tap: Tap
+    stop_gradient: StopGradient
+    reduction: keras.layers.Layer
+    n_features: int
+
+    def features(self, activation: tf.Tensor) -> tf.Tensor:
+        """Float32, shape (batch, n_features), from the host's tensor (batch, ...)."""
+        return self.reduction(self.stop_gradient(activation))
+
+
+@dataclasses.dataclass(frozen=True)
+class TapPlan:
+    """The taps of one host, in graph order.
+
+    Attributes:
+        graph: What the host computes.
+        taps: The chosen taps, each with its reduction.
+    """
+
+    graph: HostGraph
+    taps: tuple[ReducedTap, ...]
+
+    @property
+    def n_features(self) -> dict[str, int]:
+        """Number of features by tap name."""
+        return {t.tap.name: t.n_features for t in self.taps}
+
+    def sites(self) -> Iterable[Site]:
+        """Where the taps' tensors are to be recorded."""
+        return [t.tap.site for t in self.taps]
+
+    def features(self, tensors: Mapping[Site, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Returns the features of each tap, float32, shape (batch, n_features).
+
+        Args:
+            tensors: What was recorded while the host ran.
+
+        Raises:
+            ValueError: The host did not compute one of the taps.
+        """
+        for reduced in self.taps:
+            if reduced.tap.site not in tensors:
+                raise ValueError(
+                    f"This step of the model does not compute tap {reduced.tap.name!r}, which its "
+                    "`call` at inference does. Leave it out of `layers`."
+                )
+        return {t.tap.name: t.features(tensors[t.tap.site]) for t in self.taps}
+
+    def inputs(self) -> dict[str, keras.KerasTensor]:
+        """Returns a Keras input for the host's tensor at each tap, by tap name."""
+        return {
+            t.tap.name: keras.Input(
+                (t.tap.shape or ())[1:], dtype=t.tap.dtype, name=_layer_name("tap", place, t.tap)
+            )
+            for place, t in enumerate(self.taps)
+        }
+
+
+def make_plan(
+    host: keras.Model, input_spec: Any, layers: Selector, reduce: Reduce, seed: int
+) -> TapPlan:
+    """Chooses the taps of a host and how features are made of them.
+
+    Args:
+        host: The model; one that is not built yet gets built, as its first step would do.
+        input_spec: Structure of `tf.TensorSpec` the host is called with.
+        layers: Where to look, as `LinearProbeCallback` takes it.
+        reduce: How features are made, likewise.
+        seed: Seed of random feature subsets.
+
+    Returns:
+        The `TapPlan`.
+
+    Raises:
+        TypeError, ValueError: A selector or reduction is unknown, matches nothing or is
+            ambiguous, or a tap's static shape is not enough.
+    """
+    graph = trace(host, input_spec)
+    taps = select(graph, layers)
+    _check_globs(taps, reduce)
+    reduced = []
+    for place, tap in enumerate(taps):
+        # Every layer gets a name, so that no automatic name is used up.
+        reduction = reduction_for(tap, reduce, seed=seed, name=_layer_name("reduce", place, tap))
+        stop_gradient = StopGradient(name=_layer_name("stop_gradient", place, tap))
+        n_features = reduction.compute_output_shape(tap.shape)[1]
+        reduction.build(tap.shape)
+        reduced.append(ReducedTap(tap, stop_gradient, reduction, n_features))
+    return TapPlan(graph, tuple(reduced))
+
+
+def _check_globs(taps: list[Tap], reduce: Reduce) -> None:
+    names = [tap.name for tap in taps]
+    for glob in reduce if isinstance(reduce, Mapping) else ():
+        if not any(glob_match(name, glob) for name in names):
+            raise ValueError(
+                f"A glob in `reduce` matches none of the taps. Received: {glob!r}. "
+                + nearest(glob, names)
+            )
+
+
+def _layer_name(role: str, place: int, tap: Tap) -> str:
+    """A unique name that Keras accepts; tap names may hold slashes, which it does not."""
+    return f"{role}_{place}_{re.sub(r'[^A-Za-z0-9_.-]', '_', tap.name)}"

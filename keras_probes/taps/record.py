@@ -1,0 +1,149 @@
+"""Seeing a layer's tensors: records what goes through each layer while a host is called.
+
+In: a host, and code that calls it. Out: a `Recording`, the tensors by `Site`.
+
+Keras runs a layer as `Layer.__call__` -> `self.call`, and an instance attribute `call` is honoured
+there, even on a built and locked layer. So the recorder hangs on the layers only while a call is
+traced, is seen by no tracker or serializer, and works where `layer.output` does not exist
+(subclassed hosts) or means something else (layers called twice).
+"""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import keras
+import tensorflow as tf
+
+Role = Literal["input", "preactivation", "output"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a tensor is seen.
+
+    Attributes:
+        layer: The layer, or Keras operation, that is called; the host itself for its input.
+        role: What the tensor is to that call; `"preactivation"` goes into the layer's `activation`.
+        call: Which call of the layer in one forward pass, from 0.
+        index: Which tensor of the flattened structure, from 0.
+    """
+
+    layer: keras.Operation
+    role: Role
+    call: int = 0
+    index: int = 0
+
+
+@dataclasses.dataclass
+class Recording:
+    """Tensors seen in one forward pass, in the order in which they came to be.
+
+    Attributes:
+        tensors: The tensor at each site.
+        paths: The names of the layers being called around each site and its own, joined by `/`;
+            the host's own name is left out.
+    """
+
+    tensors: dict[Site, tf.Tensor] = dataclasses.field(default_factory=dict)
+    paths: dict[Site, str] = dataclasses.field(default_factory=dict)
+
+
+def operations_of(host: keras.Model) -> list[keras.Operation]:
+    """Returns the host, all its layers at any nesting, and its `keras.ops` nodes."""
+    found: dict[int, keras.Operation] = {}
+    for layer in host._flatten_layers():
+        found[id(layer)] = layer
+        for node in getattr(getattr(layer, "_functional", layer), "operations", ()):
+            found.setdefault(id(node), node)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def record_calls(host: keras.Model, layers: Iterable[keras.Operation]) -> Iterator[Recording]:
+    """Records the tensors of `layers` while `host` is called in the body of the `with`.
+
+    Only tensors of the graph that is being built at entry count (all, when running eagerly): those
+    of a loop's body, a branch or a scratch graph cannot be used outside of it.
+
+    Args:
+        host: The host; its own input is recorded too where it is among `layers`.
+        layers: The layers and operations to listen to.
+
+    Yields:
+        The `Recording`, filled as the calls happen.
+    """
+    recorder = _Recorder(host)
+    with contextlib.ExitStack() as restored:
+        for layer in layers:
+            restored.enter_context(_replaced(layer, "call", recorder.around_call))
+            if callable(vars(layer).get("activation")):
+                restored.enter_context(_replaced(layer, "activation", recorder.around_activation))
+        yield recorder.recording
+
+
+@contextlib.contextmanager
+def _replaced(layer: keras.Operation, attribute: str, around: Callable) -> Iterator[None]:
+    """Puts `around(layer, original)` in the place of a layer's attribute, past Keras's trackers."""
+    own = vars(layer)
+    had_own, original = attribute in own, getattr(layer, attribute)
+    own[attribute] = around(layer, original)
+    try:
+        yield
+    finally:
+        if had_own:
+            own[attribute] = original
+        else:
+            del own[attribute]
+
+
+class _Recorder:
+    def __init__(self, host: keras.Model):
+        self.recording = Recording()
+        self._host = host
+        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        self._calls: Counter[keras.Operation] = Counter()
+        self._stack: list[keras.Operation] = []
+
+    def around_call(self, layer: keras.Operation, original: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if layer is self._host:
+                inputs = args[0] if args else next(iter(kwargs.values()))
+                self._add(layer, "input", inputs)
+                return original(*args, **kwargs)
+            self._stack.append(layer)
+            try:
+                outputs = original(*args, **kwargs)
+                self._calls[layer] += self._add(layer, "output", outputs)
+            finally:
+                self._stack.pop()
+            return outputs
+
+        return call
+
+    def around_activation(self, layer: keras.Operation, original: Callable) -> Callable:
+        def activation(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self._add(layer, "preactivation", inputs)
+            return original(inputs, *args, **kwargs)
+
+        return activation
+
+    def _add(self, layer: keras.Operation, role: Role, structure: Any) -> bool:
+        """Records the tensors of `structure`; whether it held any of this graph."""
+        seen = False
+        path = "/".join(outer.name for outer in self._stack) or role
+        # A recurrent layer calls its cell once outside the loop, to learn its output's shape.
+        if any(isinstance(outer, keras.layers.RNN) and outer is not layer for outer in self._stack):
+            return seen
+        for index, tensor in enumerate(keras.tree.flatten(structure)):
+            if isinstance(tensor, tf.Tensor) and self._usable(tensor):
+                seen = True
+                site = Site(layer, role, self._calls[layer], index)
+                self.recording.tensors.setdefault(site, tensor)
+                self.recording.paths.setdefault(site, path)
+        return seen
+
+    def _usable(self, tensor: tf.Tensor) -> bool:
+        return self._graph is None or getattr(tensor, "graph", None) is self._graph

