@@ -18,7 +18,7 @@ from keras_probes.online import OnlineProbes, Settings, mebibytes
 from keras_probes.probes.heads import Sums
 from keras_probes.probes.targets import named_targets
 from keras_probes.results import ProbeResults, Row
-from keras_probes.taps.capture import Joint, Kind, quiet_progress_bar
+from keras_probes.taps.capture import Joint, Kind, calling_list, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector, nearest
@@ -106,6 +106,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._online: OnlineProbes | None = None
         self._joint: Joint | None = None
         self._writer: TensorBoardWriter | None = None
+        self._run: keras.callbacks.CallbackList | None = None
         self._in_fit = False
         self._epoch = 0
 
@@ -179,7 +180,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         self._in_fit = False  # every fit, and every evaluate outside of one, sets the model anew
-        quiet_progress_bar(lambda: self._joint)
+        self._run = calling_list()
+        quiet_progress_bar(self._run, lambda: self._joint)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._check_host(self.model)
@@ -257,7 +259,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def _join(self, kind: Kind, online: OnlineProbes) -> None:
         own = self._joint if self._joint and self._joint.host is online.host else None
         self._joint = Joint.at(online.host) or own or Joint(online.host)
-        self._joint.attach(kind, online, new_run=kind == "train" or not self._in_fit)
+        self._joint.attach(kind, online, self._run)
 
     def _expect(self, kind: Kind) -> None:
         if self._joint is not None and self._online is not None:
@@ -274,7 +276,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if not self.results.taps:
             self.results.taps = self._online.tap_infos()
         split = "train" if kind == "train" else "validation" if self._in_fit else "test"
-        rows = list(self._rows(sums, split, int(np.asarray(self._online.probes.steps))))
+        rows = list(self._rows(sums, split, self._online.probes.steps))
         self.results.add(rows)
         return {_log_key(row): row.value for row in rows}
 

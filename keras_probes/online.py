@@ -99,7 +99,7 @@ class OnlineProbes:
             features = {t.tap.name: t.features(inputs[t.tap.name]) for t in self.plan.taps}
             outputs = self.probes.outputs(features)
             with warnings.catch_warnings():
-                # Tap names may hold slashes, which names of inputs may not, so that they differ.
+                # Tap names may hold slashes, which Keras names may not, so that the two differ.
                 warnings.filterwarnings("ignore", "When providing `inputs` as a dict")
                 self._model = keras.Model(inputs, outputs.get(None, outputs), name="linear_probes")
         return self._model

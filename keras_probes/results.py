@@ -278,13 +278,13 @@ class ProbeResults:
         directory = pathlib.Path(directory)
         try:
             manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-            text = (directory / manifest["measures"]).read_text(encoding="utf-8", newline="")
+            measures = (directory / manifest["measures"]).read_bytes()
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"Expected a directory that ProbeResults.save wrote, with {_MANIFEST} and the file "
                 f"of measures it names. Received: {str(directory)!r}; missing: {error.filename!r}."
             ) from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"{directory / _MANIFEST} is damaged: {error!r}.") from error
         if manifest.get("format") != _FORMAT:
             raise ValueError(
@@ -292,18 +292,17 @@ class ProbeResults:
                 f"{manifest.get('format')!r} in {str(directory)!r}. Load them with the version of "
                 "keras_probes that wrote them."
             )
-        if hashlib.sha256(text.encode()).hexdigest() != manifest["sha256"]:
+        if hashlib.sha256(measures).hexdigest() != manifest["sha256"]:
             raise ValueError(
                 f"{directory / manifest['measures']} is damaged: its checksum is not the one "
                 f"in {_MANIFEST}. Save the results again."
             )
         types = {"target": str, "tap": str, "split": str, "metric": str}
         frame = pd.read_csv(
-            io.StringIO(text),
+            io.BytesIO(measures),
             dtype=types,
             keep_default_na=False,
             na_values={"value": [""]},
-            float_precision="round_trip",
         )
         taps = [TapInfo(**{**tap, "shape": tuple(tap["shape"])}) for tap in manifest["taps"]]
         records: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]

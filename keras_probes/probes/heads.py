@@ -80,7 +80,7 @@ class Standardize(keras.layers.Layer):
     """
 
     def __init__(self, n_taps: int, n_features: int, **kwargs: Any):
-        super().__init__(dtype="float32", autocast=False, **kwargs)
+        super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
         self.n_taps, self.n_features = n_taps, n_features
         shape = (n_taps, 1, n_features)
         self.mean = self.add_weight(shape, "zeros", trainable=False, name="mean")
@@ -138,7 +138,7 @@ class SoftmaxHeads(keras.layers.Layer):
     """
 
     def __init__(self, n_taps: int, n_features: int, num_classes: int, **kwargs: Any):
-        super().__init__(dtype="float32", autocast=False, **kwargs)
+        super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
         self.n_taps, self.n_features, self.num_classes = n_taps, n_features, num_classes
         kernel, bias = (n_taps, n_features, num_classes), (n_taps, 1, num_classes)
         self.kernel = self.add_weight(kernel, "zeros", name="kernel")
@@ -224,7 +224,7 @@ class ProbeSet:
             }
             standardize = Standardize(len(taps), width, name=f"standardize_{width}")
             self._groups.append(_Group(taps, standardize, heads))
-        self.steps = keras.Variable(0.0, dtype="float32", trainable=False, name="probe_steps")
+        self._steps = keras.Variable(0.0, dtype="float32", trainable=False, name="probe_steps")
         # float64 holds counts exactly and loses nothing over a long epoch.
         shape = (len(self.targets) * len(self.taps), len(SUMS))
         self._sums = keras.Variable(np.zeros(shape), dtype="float64", trainable=False, name="sums")
@@ -250,10 +250,10 @@ class ProbeSet:
                 gradients += heads.gradients(z, labels[target], finite * weights[target])
         self._add(rows)
         self.optimizer.apply(gradients, self._trainable())
-        self.steps.assign_add(1.0)
+        self._steps.assign_add(1.0)
         for group in self._groups:
             for heads in group.heads.values():
-                heads.average(averaging_rate(self.steps))
+                heads.average(averaging_rate(self._steps))
 
     def test(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch; arguments as for `train`."""
@@ -271,7 +271,7 @@ class ProbeSet:
 
     def sums(self) -> Sums:
         """Returns `sums[target][tap][name]` since the last reset, for the names in `SUMS`."""
-        rows = iter(np.asarray(self._sums))
+        rows = iter(self._sums.value.numpy())
         found: dict[str | None, dict[str, dict[str, float]]] = {t: {} for t in self.targets}
         for group in self._groups:
             for target in group.heads:
@@ -284,12 +284,17 @@ class ProbeSet:
         group = next(g for g in self._groups if tap in g.taps)
         position, heads = group.taps.index(tap), group.heads[target]
         # float64, since the two terms of b can be large and of opposite sign.
-        scale = np.asarray(group.standardize.scale(), "float64")[position, 0]
-        shift = np.asarray(group.standardize.mean, "float64")[position, 0] * scale
-        kernel = np.asarray(heads.mean_kernel, "float64")[position]
-        bias = np.asarray(heads.mean_bias, "float64")[position, 0]
+        scale = group.standardize.scale().numpy().astype("float64")[position, 0]
+        shift = group.standardize.mean.value.numpy().astype("float64")[position, 0] * scale
+        kernel = heads.mean_kernel.value.numpy().astype("float64")[position]
+        bias = heads.mean_bias.value.numpy().astype("float64")[position, 0]
         folded = scale[:, None] * kernel, bias - shift @ kernel
         return folded[0].astype("float32"), folded[1].astype("float32")
+
+    @property
+    def steps(self) -> int:
+        """Number of batches the probes were trained on."""
+        return int(self._steps.value.numpy())
 
     def outputs(self, features: Features) -> dict[str | None, dict[str, tf.Tensor]]:
         """Returns `outputs[target][tap]`: probabilities, float32, shape (batch, num_classes)."""

@@ -72,7 +72,7 @@ class Joint:
         self.keys: set[str] = set()  # of all logs that observers have added
         self._attached: dict[Kind, list[Observer]] = {"train": [], "test": []}
         self._expected: dict[Kind, list[Observer]] = {"train": [], "test": []}
-        self._newcomers: list[Observer] = []  # attached since the last step
+        self._run: object = None
         self._unprepared: list[tuple[Kind, Observer]] = []
         self._guards: dict[Kind, Any] = {}
         self._observed: dict[tuple, tuple[Callable, Callable]] = {}  # key -> (plain, observed)
@@ -83,19 +83,19 @@ class Joint:
         """Returns the joint that is in place on `host`, if any."""
         return getattr(vars(host).get(_EPOCH_LOGS), "joint", None)
 
-    def attach(self, kind: Kind, observer: Observer, *, new_run: bool) -> None:
+    def attach(self, kind: Kind, observer: Observer, run: object) -> None:
         """Joins `observer` to the steps of `kind`; once the host's function for them is made.
 
         Args:
             kind: Which steps.
             observer: What to run in them.
-            new_run: Whether a `fit`, or an `evaluate` of its own, begins. Observers that a run
+            run: Identifies the `fit` or `evaluate`, see `calling_list`. Observers that a run
                 before it left attached, since it was interrupted, are let go.
         """
-        if new_run:
+        if run is not self._run:
+            self._run = run
             for attached in self._attached.values():
-                attached[:] = [o for o in attached if o in self._newcomers]
-        self._newcomers.append(observer)
+                attached.clear()
         if observer not in self._attached[kind]:
             self._attached[kind].append(observer)
         self._unprepared.append((kind, observer))
@@ -131,10 +131,9 @@ class Joint:
             self._expected[kind].clear()
             if not observers:
                 return plain(iterator)
-            self._newcomers.clear()
             try:
-                logs = self._run(kind, observers, plain, iterator)
-            except StopIteration:  # the data has run out
+                logs = self._step(kind, observers, plain, iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):  # the data has run out
                 raise
             except BaseException:
                 self._remove()
@@ -145,7 +144,7 @@ class Joint:
         guard.plain = plain  # type: ignore[attr-defined]
         return guard
 
-    def _run(self, kind: Kind, observers: list[Observer], plain: Callable, iterator: Any) -> Any:
+    def _step(self, kind: Kind, observers: list[Observer], plain: Callable, iterator: Any) -> Any:
         fresh = [o for o in observers if (kind, o) in self._unprepared]
         for observer in fresh:
             observer.prepare(iterator.element_spec)
@@ -156,7 +155,14 @@ class Joint:
         step = self._shared(kind, shared, plain) if shared else plain
         if isolated:
             look = self._isolated(kind, isolated, iterator.element_spec)
-            logs = self._in_turn(look, self._on_batch(kind, step, iterator.element_spec), iterator)
+            step = self._on_batch(kind, step, iterator.element_spec)
+
+            def looked(data: Any) -> None:
+                look(data)
+                while fresh and fresh[-1].isolated:
+                    fresh.pop().checked(kind)
+
+            logs = self._in_turn(looked, step, iterator)
         else:
             logs = step(iterator)
         for observer in fresh:
@@ -310,21 +316,31 @@ def _evaluate_returns_list(host: keras.Model) -> bool:
     return False
 
 
-def quiet_progress_bar(joint: Callable[[], Joint | None]) -> None:
-    """Keeps the observers' keys off the progress bar of the run that is being set up.
+def calling_list() -> keras.callbacks.CallbackList | None:
+    """Returns the list that calls this callback: each `fit`, and each `evaluate`, has its own.
 
-    To be called within a callback's `set_model`. Logs reach all callbacks alike, and the bar would
-    print every key at the end of an epoch, several lines of them. The bar itself is made for each
-    run by the `CallbackList`, which a callback meets only as its caller.
+    To be called within a callback's `set_model`. Keras gives a callback no other way to it.
+    """
+    callers = (frame.f_locals.get("self") for frame in _callers())
+    return next((c for c in callers if isinstance(c, keras.callbacks.CallbackList)), None)
+
+
+def quiet_progress_bar(
+    run: keras.callbacks.CallbackList | None, joint: Callable[[], Joint | None]
+) -> None:
+    """Keeps the observers' keys off a run's progress bar.
+
+    Logs reach all callbacks alike, and the bar would print every key at the end of an epoch,
+    several lines of them.
 
     Args:
+        run: The list of callbacks, which holds the bar.
         joint: Returns the joint whose `keys` to hide.
     """
-    bar = next(filter(None, (_bar_of(f.f_locals.get("self")) for f in _callers())), None)
-    if bar is None or hasattr(vars(bar).get("on_epoch_end"), "quiet"):
-        return
-    for method in ("on_epoch_end", "on_test_end"):
-        vars(bar)[method] = _without_keys(getattr(bar, method), joint)
+    for bar in run.callbacks if run is not None else ():
+        if isinstance(bar, keras.callbacks.ProgbarLogger):
+            for method in ("on_epoch_end", "on_test_end"):
+                vars(bar)[method] = _without_keys(getattr(bar, method), joint)
 
 
 def _callers() -> Iterator[FrameType]:
@@ -332,13 +348,6 @@ def _callers() -> Iterator[FrameType]:
     while frame.f_back is not None:
         frame = frame.f_back
         yield frame
-
-
-def _bar_of(caller: Any) -> keras.callbacks.ProgbarLogger | None:
-    if not isinstance(caller, keras.callbacks.CallbackList):
-        return None
-    bars = (c for c in caller.callbacks if isinstance(c, keras.callbacks.ProgbarLogger))
-    return next(bars, None)
 
 
 def _without_keys(method: Callable, joint: Callable[[], Joint | None]) -> Callable:
@@ -349,5 +358,4 @@ def _without_keys(method: Callable, joint: Callable[[], Joint | None]) -> Callab
         keys = getattr(joint(), "keys", ())
         method(*args, {k: v for k, v in (logs or {}).items() if k.removeprefix("val_") not in keys})
 
-    quiet.quiet = True  # type: ignore[attr-defined]
     return quiet

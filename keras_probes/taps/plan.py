@@ -81,9 +81,9 @@ class TapPlan:
         """Returns a Keras input for the host's tensor at each tap, by tap name."""
         return {
             t.tap.name: keras.Input(
-                (t.tap.shape or ())[1:], dtype=t.tap.dtype, name=_layer_name("tap", place, t.tap)
+                (t.tap.shape or ())[1:], dtype=t.tap.dtype, name=t.tap.name.replace("/", "|")
             )
-            for place, t in enumerate(self.taps)
+            for t in self.taps
         }
 
 

@@ -1,0 +1,260 @@
+"""The maths of the probes, by finite differences, NumPy and scikit-learn."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, top_k_accuracy_score
+
+from keras_probes.probes import heads
+from keras_probes.probes.heads import ProbeSet, SoftmaxHeads, Standardize, own_optimizer
+
+RNG = np.random.default_rng(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_rng():
+    """Each test draws the same numbers, whichever ran before it."""
+    global RNG
+    RNG = np.random.default_rng(1)
+
+
+def probe_set(n_features, num_classes=3, optimizer=None):
+    return ProbeSet(n_features, {None: num_classes}, own_optimizer(optimizer))
+
+
+def train(probes, features, labels, weights=None):
+    weights = np.ones(len(labels)) if weights is None else weights
+    probes.train(
+        {tap: tf.constant(x, "float32") for tap, x in features.items()},
+        {None: tf.constant(labels, "int32")},
+        {None: tf.constant(weights, "float32")},
+    )
+
+
+def test(probes, features, labels, weights=None):
+    weights = np.ones(len(labels)) if weights is None else weights
+    probes.test(
+        {tap: tf.constant(x, "float32") for tap, x in features.items()},
+        {None: tf.constant(labels, "int32")},
+        {None: tf.constant(weights, "float32")},
+    )
+
+
+test.__test__ = False  # a helper, not a test
+
+
+def blobs(n=600, n_features=5, num_classes=3, scale=1.0):
+    labels = RNG.integers(0, num_classes, n)
+    centres = np.random.default_rng(5).normal(size=(num_classes, n_features))
+    x = centres[labels] + RNG.normal(size=(n, n_features))
+    return (scale * x).astype("float32"), labels
+
+
+def test_gradients_by_finite_differences():
+    layer = SoftmaxHeads(n_taps=2, n_features=4, num_classes=3)
+    layer.kernel.assign(RNG.normal(size=layer.kernel.shape))
+    layer.bias.assign(RNG.normal(size=layer.bias.shape))
+    z = RNG.normal(size=(2, 6, 4)).astype("float32")
+    labels = np.array([0, 1, 2, 2, 1, -1])  # the last is left out
+    weight = RNG.uniform(0.5, 2, (2, 6)).astype("float32")
+    weight[1, 0] = 0
+
+    def objective(kernel, bias):
+        logits = z.astype("float64") @ kernel + bias
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        per_example = -log_p[:, np.arange(5), labels[:5]] * weight[:, :5]
+        return per_example.sum() / 6
+
+    got = layer.gradients(tf.constant(z), tf.constant(labels, "int32"), tf.constant(weight))
+    at = [np.asarray(v, "float64") for v in (layer.kernel, layer.bias)]
+    for which, gradient in enumerate(got):
+        for index in np.ndindex(at[which].shape):
+            ends = []
+            for step in (1e-5, -1e-5):
+                moved = [a.copy() for a in at]
+                moved[which][index] += step
+                ends.append(objective(*moved))
+            assert float(gradient[index]) == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6)
+
+
+def test_standardize_follows_the_weighted_statistics_of_its_batches():
+    layer = Standardize(n_taps=1, n_features=3)
+    total, mean, second = 0.0, np.zeros(3), np.zeros(3)
+    for step in range(1, 40):
+        batch = RNG.normal([1, -5, 100], [1, 3, 0.5], (16, 3)).astype("float32")
+        layer.update([tf.constant(batch)], tf.ones((1, 16)))
+        # The same averages, by their moments, in float64.
+        rate = max(9 / (step + 8), 1 / heads.HORIZON)
+        mean += rate * (batch.mean(0, dtype="float64") - mean)
+        second += rate * ((batch.astype("float64") ** 2).mean(0) - second)
+        total += rate
+    np.testing.assert_allclose(np.asarray(layer.mean)[0, 0], mean, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(layer.variance)[0, 0], second - mean**2, rtol=1e-2)
+    z = np.asarray(layer([tf.constant(batch)]))[0]
+    expected = (batch - mean) / np.sqrt(second - mean**2) / np.sqrt(3)
+    np.testing.assert_allclose(z, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_a_constant_feature_is_given_as_zero():
+    layer = Standardize(n_taps=1, n_features=2)
+    x = np.stack([RNG.normal(size=32), np.full(32, 1e6)], axis=1).astype("float32")
+    for _ in range(3):
+        layer.update([tf.constant(x)], tf.ones((1, 32)))
+    z = np.asarray(layer([tf.constant(x)]))[0]
+    assert np.isfinite(z).all()
+    np.testing.assert_array_equal(z[:, 1], 0)
+
+
+def test_measures_against_scikit_learn():
+    x, labels = blobs(n=400, num_classes=8)
+    probes = probe_set({"tap": 5}, num_classes=8)
+    for start in range(0, 400, 50):
+        train(probes, {"tap": x[start : start + 50]}, labels[start : start + 50])
+    probes.reset_sums()
+    weights = RNG.uniform(0, 3, 400)
+    for start in range(0, 400, 150):  # a ragged end
+        part = slice(start, start + 150)
+        test(probes, {"tap": x[part]}, labels[part], weights[part])
+    sums = probes.sums()[None]["tap"]
+    W, b = probes.weights("tap", None)
+    logits = x.astype("float64") @ W + b
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert sums["count"] == 400
+    assert sums["wrong"] == (p.argmax(1) != labels).sum()
+    top5 = top_k_accuracy_score(labels, p, k=5, labels=np.arange(8), normalize=False)
+    assert sums["wrong_top5"] == 400 - top5
+    loss = log_loss(labels, p, sample_weight=weights, labels=np.arange(8))
+    assert sums["weighted_loss"] / sums["weight"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_untrained_probe_is_as_wrong_as_a_constant():
+    probes = probe_set({"tap": 5}, num_classes=3)
+    x, labels = blobs(90)
+    test(probes, {"tap": x}, labels)
+    sums = probes.sums()[None]["tap"]
+    assert sums["wrong"] == (labels != 0).sum()  # argmax of equal scores is the first class
+    assert sums["weighted_loss"] / sums["weight"] == pytest.approx(np.log(3), rel=1e-6)
+
+
+def test_a_batch_is_measured_before_its_update():
+    probes = probe_set({"tap": 5})
+    x, labels = blobs(50)
+    train(probes, {"tap": x}, labels)
+    assert probes.sums()[None]["tap"]["wrong"] == (labels != 0).sum()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_training_comes_close_to_the_optimum_whatever_the_scale(scale):
+    x, labels = blobs(3000, scale=scale)
+    x += np.float32(50 * scale)  # far from centred
+    x_test, labels_test = blobs(2000, scale=scale)
+    x_test += np.float32(50 * scale)
+    probes = probe_set({"tap": 5})
+    for _ in range(3):
+        for start in range(0, 3000, 50):
+            train(probes, {"tap": x[start : start + 50]}, labels[start : start + 50])
+    probes.reset_sums()
+    test(probes, {"tap": x_test}, labels_test)
+    sums = probes.sums()[None]["tap"]
+    best = LogisticRegression(C=1e3).fit(x / scale - 50, labels)
+    optimum = log_loss(labels_test, best.predict_proba(x_test / scale - 50))
+    assert sums["weighted_loss"] / sums["weight"] == pytest.approx(optimum, abs=0.02)
+
+
+def test_folded_weights_equal_the_layers_predictions():
+    probes = probe_set({"a": 5, "b": 5, "c": 2})
+    for _ in range(5):
+        x, labels = blobs(64)
+        train(probes, {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3}, labels)
+    features = {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3}
+    outputs = probes.outputs({k: tf.constant(np.ascontiguousarray(v)) for k, v in features.items()})
+    for tap, feature in features.items():
+        W, b = probes.weights(tap, None)
+        assert W.shape == (feature.shape[1], 3)
+        logits = feature @ W + b
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        np.testing.assert_allclose(outputs[None][tap], p, rtol=1e-4, atol=1e-6)
+
+
+def test_stacked_taps_train_as_they_would_alone():
+    x, labels = blobs(64)
+    both = probe_set({"a": 5, "b": 5})
+    alone = probe_set({"b": 5})
+    for _ in range(4):
+        train(both, {"a": x, "b": 2 * x + 1}, labels)
+        train(alone, {"b": 2 * x + 1}, labels)
+    for together, single in zip(both.weights("b", None), alone.weights("b", None), strict=True):
+        np.testing.assert_allclose(together, single, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_examples_that_are_not_finite_are_left_out_of_their_tap_alone(bad):
+    x, labels = blobs(64)
+    poisoned = x.copy()
+    poisoned[10:20, 2] = bad
+    clean, hit = probe_set({"a": 5, "b": 5}), probe_set({"a": 5, "b": 5})
+    for _ in range(3):
+        train(clean, {"a": x, "b": x}, labels)
+        train(hit, {"a": x, "b": poisoned}, labels)
+    sums = hit.sums()[None]
+    assert sums["b"]["nonfinite"] == 30
+    assert sums["b"]["count"] == 3 * 54
+    assert np.isfinite(sums["b"]["weighted_loss"])
+    assert sums["a"] == clean.sums()[None]["a"]
+    for got, expected in zip(hit.weights("a", None), clean.weights("a", None), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert all(np.isfinite(w).all() for w in hit.weights("b", None))
+
+
+def test_a_batch_with_nothing_finite_changes_nothing():
+    x, labels = blobs(32)
+    probes = probe_set({"a": 5}, optimizer="sgd")
+    train(probes, {"a": x}, labels)
+    kernel = np.asarray(probes._groups[0].heads[None].kernel)
+    train(probes, {"a": np.full_like(x, np.nan)}, labels)
+    np.testing.assert_array_equal(probes._groups[0].heads[None].kernel, kernel)
+    assert probes.sums()[None]["a"]["count"] == 32
+
+
+def test_examples_without_a_label_are_left_out():
+    x, labels = blobs(40)
+    some = labels.copy()
+    some[:8] = -1
+    probes = probe_set({"a": 5}, optimizer=keras.optimizers.SGD(1.0))
+    train(probes, {"a": x}, some)
+    weighted = probe_set({"a": 5}, optimizer=keras.optimizers.SGD(1.0))
+    train(weighted, {"a": x}, labels, np.r_[np.zeros(8), np.ones(32)])
+    for got, expected in zip(probes.weights("a", None), weighted.weights("a", None), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+    assert probes.sums()[None]["a"]["unlabelled"] == 8
+    assert probes.sums()[None]["a"]["count"] == 32
+
+
+def test_several_targets_share_the_features():
+    x, labels = blobs(64)
+    probes = ProbeSet({"a": 5}, {"all": 3, "is_zero": 2}, own_optimizer(None))
+    both = {"all": tf.constant(labels, "int32"), "is_zero": tf.constant(labels == 0, "int32")}
+    weights = {name: tf.ones(64) for name in both}
+    for _ in range(5):
+        probes.train({"a": tf.constant(x)}, both, weights)
+    assert probes.weights("a", "all")[0].shape == (5, 3)
+    assert probes.weights("a", "is_zero")[0].shape == (5, 2)
+    assert set(probes.sums()) == {"all", "is_zero"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", keras.optimizers.Adam(0.02, name="theirs"), None])
+def test_the_optimizer_is_a_copy_of_our_own(optimizer):
+    mine = own_optimizer(optimizer)
+    assert mine is not optimizer
+    assert mine.name == "probe_optimizer"
+    if isinstance(optimizer, keras.optimizers.Adam):
+        assert float(mine.learning_rate) == pytest.approx(0.02)
+        assert optimizer.name == "theirs"
+
+
+def test_a_learning_rate_schedule_survives_the_copy():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.5)
+    mine = own_optimizer(keras.optimizers.SGD(schedule))
+    assert float(mine.learning_rate) == 0.5

@@ -1,0 +1,126 @@
+"""Labels in every form, and what is said of those that are none."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_probes.probes.targets import Target, resolve_targets
+
+SPEC = tf.TensorSpec
+X = SPEC((None, 8), "float32")
+SPARSE = SPEC((None,), "int64")
+
+
+def resolve(target=None, num_classes=None, y=SPARSE, outputs=None):
+    outputs = SPEC((None, 4), "float32") if outputs is None else outputs
+    return resolve_targets(target, num_classes, X, y, outputs)
+
+
+@pytest.mark.parametrize(
+    ("y", "outputs", "classes"),
+    [
+        (SPARSE, (None, 4), 4),
+        (SPEC((None, 1), "uint8"), (None, 4), 4),
+        (SPEC((None, 6), "float32"), (None, 6), 6),
+        (SPEC((None, 1), "float32"), (None, 1), 2),
+        (SPARSE, (None, 1), 2),
+    ],
+)
+def test_classes_of_the_hosts_own_labels(y, outputs, classes):
+    (target,) = resolve(y=y, outputs=SPEC(outputs, "float32"))
+    assert target.num_classes == classes
+    assert target.name is None
+
+
+def test_a_key_or_index_finds_its_output():
+    y = {"a": SPARSE, "b": SPARSE}
+    outputs = {"a": SPEC((None, 3), "float32"), "b": SPEC((None, 7), "float32")}
+    assert resolve("b", y=y, outputs=outputs)[0].num_classes == 7
+    pair = (SPARSE, SPARSE), list(outputs.values())
+    assert resolve(0, y=pair[0], outputs=pair[1])[0].num_classes == 3
+
+
+def test_several_targets_at_once():
+    targets = resolve(
+        {"digit": None, "even": lambda x, y: 1 - y % 2, "hot": lambda x, y: tf.one_hot(y, 5)},
+        {"even": 2},
+    )
+    assert [(t.name, t.num_classes) for t in targets] == [("digit", 4), ("even", 2), ("hot", 5)]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "float32", "bool"])
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_sparse_labels(dtype, shape):
+    y = np.array([0, 1, 1, 0]).reshape(shape).astype(dtype)
+    labels = Target(None, None, 2).labels(None, y)
+    assert labels.dtype == tf.int32
+    np.testing.assert_array_equal(labels, [0, 1, 1, 0])
+
+
+def test_one_hot_and_smoothed_labels():
+    hot = keras.utils.to_categorical([2, 0, 1], 3)
+    np.testing.assert_array_equal(Target(None, None, 3).labels(None, hot), [2, 0, 1])
+    smooth = (0.9 * hot + 0.1 / 3).astype("float32")
+    np.testing.assert_array_equal(Target(None, None, 3).labels(None, smooth), [2, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "y", [[0, 3, -1, 1.5], [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0.2, 0.2, 0.2]], [0, 7, 2.5, -2]]
+)
+def test_what_is_no_label_is_marked(y):
+    labels = np.asarray(Target(None, None, 3).labels(None, np.array(y, "float32")))
+    np.testing.assert_array_equal(labels, [0, -1, -1, -1])
+
+
+def test_keys_indices_and_functions_select():
+    y = {"a": np.array([1, 0]), "b": np.array([0, 1])}
+    np.testing.assert_array_equal(Target(None, "b", 2).labels(None, y), [0, 1])
+    np.testing.assert_array_equal(Target(None, 1, 2).labels(None, (y["a"], y["b"])), [0, 1])
+    made = Target(None, lambda x, y: x[:, 0] + y["a"], 3).labels(np.array([[1], [2]]), y)
+    np.testing.assert_array_equal(made, [2, 2])
+
+
+@pytest.mark.parametrize("given", [None, np.array([2.0, 3.0]), np.array([[2.0], [3.0]])])
+def test_sample_weights(given):
+    weights = Target(None, None, 2).weights(given, tf.constant([0, 1]))
+    assert weights.dtype == tf.float32
+    np.testing.assert_array_equal(weights, [1, 1] if given is None else [2, 3])
+
+
+def test_sample_weights_of_several_outputs():
+    given = {"a": np.array([2.0, 3.0]), "b": np.array([4.0, 5.0])}
+    like = tf.constant([0, 1])
+    np.testing.assert_array_equal(Target(None, "b", 2).weights(given, like), [4, 5])
+    np.testing.assert_array_equal(Target("n", lambda x, y: y, 2).weights(given, like), [1, 1])
+
+
+def test_sample_weights_of_a_wrong_shape():
+    with pytest.raises(ValueError, match="one sample weight an example"):
+        Target(None, None, 2).weights(np.ones((2, 5)), tf.constant([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "parts"),
+    [
+        ({"y": None}, ValueError, ["Probes need labels", "target="]),
+        ({"y": SPEC((None, 5, 4), "int32")}, ValueError, ["(None, 5, 4)", "(batch,)"]),
+        ({"y": SPEC((None, 3), "float32"), "num_classes": 5}, ValueError, ["(batch, 5)"]),
+        ({"num_classes": 1}, ValueError, ["at least 2 classes", "1"]),
+        ({"num_classes": 2.0}, ValueError, ["at least 2 classes", "2.0"]),
+        ({"y": {"a": SPARSE}}, ValueError, ["dict with the keys 'a'", "target="]),
+        ({"y": (SPARSE, SPARSE)}, ValueError, ["tuple of 2", "target=0"]),
+        ({"y": {"a": SPARSE}, "target": "b"}, ValueError, ["'b'", "keys 'a'"]),
+        ({"target": lambda x, y: y % 2}, ValueError, ["can't be inferred", "num_classes="]),
+        ({"target": 1.5}, TypeError, ["Expected `target`", "1.5"]),
+        ({"target": {}}, ValueError, ["names of targets"]),
+        ({"target": {"": None}}, ValueError, ["names of targets"]),
+        ({"outputs": SPEC((None, 5, 5, 3), "float32")}, ValueError, ["can't be inferred"]),
+        ({"target": {"z": lambda x, y: y}, "num_classes": {"q": 3}}, ValueError, ["target 'z'"]),
+    ],
+)
+def test_errors_say_what_to_do(options, error, parts):
+    with pytest.raises(error) as raised:
+        resolve(**options)
+    for part in parts:
+        assert part in str(raised.value)
