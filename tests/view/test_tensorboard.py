@@ -6,7 +6,7 @@ import sys
 import keras
 import pytest
 import tensorflow as tf
-from hosts import compiled, convnet
+from hosts import compiled, dense_net
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from keras_probes import LinearProbeCallback
@@ -18,7 +18,7 @@ def read(log_dir):
     return {
         run: {
             tag: [
-                (event.step, float(tf.make_ndarray(event.tensor_proto)))
+                (event.step, tf.make_ndarray(event.tensor_proto))
                 for event in events.Tensors(run, tag)
             ]
             for tag in tags["tensors"]
@@ -29,7 +29,7 @@ def read(log_dir):
 
 def fit(digits, log_dir, *callbacks, model=None, **options):
     (x, y), validation = digits
-    model = model or compiled(convnet())
+    model = model or compiled(dense_net())
     return model.fit(
         x, y, epochs=3, validation_data=validation, callbacks=list(callbacks), verbose=0, **options
     ).history
@@ -46,7 +46,7 @@ def test_each_tap_is_a_run_and_each_measure_a_tag(digits, tmp_path):
                 logged = runs[run][f"probe_{metric}/{split}"]
                 assert [step for step, _ in logged] == [0, 1, 2]
                 expected = history[f"{prefix}probe_{metric}/{tap}"]
-                assert [value for _, value in logged] == pytest.approx(expected, rel=1e-6)
+                assert [float(value) for _, value in logged] == pytest.approx(expected, rel=1e-6)
 
 
 def test_beside_kerass_own_callback(digits, tmp_path):
