@@ -1,0 +1,78 @@
+"""What the documents tell a user to do works."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from hosts import compiled
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(path: pathlib.Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def host() -> keras.Model:
+    """The model the documents speak of: two named convolutions, their sum, and a classifier."""
+    inputs = keras.Input((8, 8, 1))
+    first = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="conv1")(inputs)
+    second = keras.layers.Conv2D(4, 3, padding="same", name="conv2")(first)
+    x = keras.layers.Add(name="block_add")([first, second])
+    x = keras.layers.Flatten()(x)
+    return compiled(keras.Model(inputs, keras.layers.Dense(10, activation="softmax")(x)))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
+def test_code_blocks_run(path, digits, tmp_path, monkeypatch, capsys):
+    blocks = code_blocks(path)
+    if not blocks:
+        return
+    monkeypatch.chdir(tmp_path)
+    (x, y), (x_val, y_val) = digits
+    names = {"model": host(), "x": x, "y": y, "x_val": x_val, "y_val": y_val}
+    names |= {"x_test": x_val, "y_test": y_val, "keras": keras, "np": np}
+    exec("from keras_probes import *", names)
+    for block in blocks:
+        exec(compile(block, f"{path.name}", "exec"), names)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_the_example_ends_in_the_table_and_the_files(tmp_path):
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "mnist_convnet.py", "--out", "out", "--epochs", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    taps = ["input", "conv1_preact", "conv1_postact", "conv1_postpool", "conv2_preact"]
+    taps += ["conv2_postact", "conv2_postpool", "fc1_preact", "fc1_postact", "logits"]
+    table = run.stdout.split("Error of the probes")[1]
+    assert re.findall(r"^(\w+) +\d+ ", table, flags=re.MULTILINE) == taps
+    errors = {
+        name: float(before)
+        for name, before in re.findall(r"^(\w+) .* (0\.\d+) +0\.\d+ +0\.\d+$", table, re.MULTILINE)
+    }
+    # Figure 3: random features already separate the digits better than pixels do.
+    assert errors["conv2_postpool"] < errors["input"] < 0.15
+    for name in ("after/probes.json", "before/probes.json", "errors.csv", "logs"):
+        assert (tmp_path / "out" / name).exists()
+
+
+def test_the_version_is_in_the_changelog():
+    import keras_probes
+
+    assert f"## {keras_probes.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

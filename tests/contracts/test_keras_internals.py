@@ -1,0 +1,89 @@
+"""What `taps/capture.py` relies on in Keras, so that a new version that breaks it is noticed here."""
+
+import keras
+import numpy as np
+from hosts import compiled, dense_net
+
+
+class Order(keras.callbacks.Callback):
+    """Records when Keras calls what."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def on_train_begin(self, logs=None):
+        assert callable(self.model.train_function)
+        self.wrap("train_function")
+
+    def on_test_begin(self, logs=None):
+        assert callable(self.model.test_function)
+        self.wrap("test_function")
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.calls.append("train_batch_begin")
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self.calls.append("test_batch_begin")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.calls.append("epoch_end")
+
+    def wrap(self, name):
+        plain = getattr(self.model, name)
+
+        def wrapped(iterator):
+            assert iterator.element_spec is not None
+            self.calls.append(name)
+            self.returned = plain(iterator)
+            return self.returned
+
+        setattr(self.model, name, wrapped)
+        logs = type(self.model)._get_metrics_result_or_logs
+
+        def epoch_logs(given):
+            assert given is self.returned
+            self.calls.append("epoch_logs")
+            return logs(self.model, given)
+
+        vars(self.model)["_get_metrics_result_or_logs"] = epoch_logs
+
+
+def test_the_order_of_calls(digits):
+    (x, y), validation = digits
+    order = Order()
+    compiled(dense_net()).fit(
+        x, y, batch_size=160, validation_data=validation, callbacks=[order], verbose=0,
+        validation_batch_size=160,
+    )  # fmt: skip
+    assert order.calls == [
+        *["train_batch_begin", "train_function"] * 2,
+        "epoch_logs",
+        *["test_batch_begin", "test_function"],
+        "epoch_logs",
+        "epoch_end",
+    ]
+
+
+def test_an_instance_attribute_call_is_honoured():
+    layer = keras.layers.Dense(2)
+    layer(np.ones((1, 3), "float32"))
+    seen, original = [], layer.call
+
+    def call(inputs):
+        seen.append(1)
+        return original(inputs)
+
+    vars(layer)["call"] = call
+    layer(np.ones((1, 3), "float32"))
+    assert seen == [1]
+    assert layer.get_config() == keras.layers.Dense.from_config(layer.get_config()).get_config()
+
+
+def test_a_stateless_scope_takes_assignments_upon_itself():
+    norm = keras.layers.BatchNormalization()
+    norm(np.ones((1, 3), "float32"))
+    before = norm.moving_mean.numpy()
+    with keras.StatelessScope():
+        norm(np.full((4, 3), 9.0, "float32"), training=True)
+    np.testing.assert_array_equal(norm.moving_mean.numpy(), before)

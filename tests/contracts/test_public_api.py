@@ -1,0 +1,74 @@
+"""The public face: names, signature, what an import costs, and what the package speaks of."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import keras
+
+import keras_probes
+from keras_probes import LinearProbeCallback
+
+
+def test_names():
+    assert sorted(keras_probes.__all__) == [
+        "Flatten",
+        "GlobalAverage",
+        "LinearProbeCallback",
+        "ProbeResults",
+        "RandomFeatures",
+    ]
+    assert all(hasattr(keras_probes, name) for name in keras_probes.__all__)
+
+
+def test_signature_of_the_callback():
+    parameters = inspect.signature(LinearProbeCallback).parameters
+    defaults = {name: p.default for name, p in parameters.items()}
+    assert defaults == {
+        "layers": "auto",
+        "reduce": "auto",
+        "target": None,
+        "num_classes": None,
+        "optimizer": None,
+        "metrics": ("error", "loss"),
+        "mode": "shared",
+        "log_dir": None,
+        "seed": 0,
+    }
+    assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["layers"]
+    assert issubclass(LinearProbeCallback, keras.callbacks.Callback)
+
+
+def test_public_functions_have_docstrings():
+    for name in keras_probes.__all__:
+        public = getattr(keras_probes, name)
+        assert inspect.getdoc(public)
+        for attribute, member in vars(public).items():
+            ours = not attribute.startswith("_") and inspect.isfunction(member)
+            if ours and not hasattr(keras.callbacks.Callback, attribute):
+                assert inspect.getdoc(getattr(public, attribute)), (name, attribute)
+
+
+def test_an_import_loads_no_heavy_package():
+    code = (
+        "import sys, json, keras; before = set(sys.modules); import keras_probes;"
+        "print(json.dumps(sorted({m.split('.')[0] for m in set(sys.modules) - before})))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    loaded = json.loads(printed.splitlines()[-1])
+    heavy = {"matplotlib", "plotly", "tensorboard", "zarr", "pydot", "jinja2", "sklearn", "scipy"}
+    assert not heavy & set(loaded)
+
+
+def test_another_backend_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    try:
+        LinearProbeCallback()
+    except RuntimeError as error:
+        assert "jax" in str(error)
+        assert "KERAS_BACKEND=tensorflow" in str(error)
+    else:
+        raise AssertionError("accepted")
