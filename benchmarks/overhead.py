@@ -1,8 +1,8 @@
 """What probes cost: the time of a training step with and without them, in one process.
 
-Bare host, shared and isolated probes take turns, an epoch each, so that a machine whose speed drifts
-slows all alike. Prints medians over the rounds, and the median ratio to the bare host of the same
-round. Compilation is left out: each variant trains an epoch before the clock starts.
+Bare host, shared and isolated probes take turns, an epoch each, so that a machine whose speed
+drifts slows all alike. Prints medians over the rounds, and the median ratio to the bare host of
+the same round. Compilation is left out: each variant trains an epoch before the clock starts.
 """
 
 import argparse

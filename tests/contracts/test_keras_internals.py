@@ -1,4 +1,4 @@
-"""What `taps/capture.py` relies on in Keras, so that a new version that breaks it is noticed here."""
+"""What `taps` relies on in Keras, so that a new version that breaks it is noticed here."""
 
 import keras
 import numpy as np

@@ -1,0 +1,131 @@
+"""The joint: which batches an observer is shown, in every loop that Keras has."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hosts import compiled, dense_net
+
+from keras_probes.taps.capture import Joint, calling_list
+from keras_probes.taps.record import Site
+
+
+class Watcher(keras.callbacks.Callback):
+    """A callback and its observer in one: sums what it is shown of a layer's output."""
+
+    def __init__(self, isolated=False):
+        super().__init__()
+        self.isolated = isolated
+        self.total = tf.Variable(0.0)
+        self.examples = tf.Variable(0)
+        self.prepared, self.ended, self.inside_fit = 0, [], False
+
+    def set_model(self, model):
+        super().set_model(model)
+        self.run, self.inside_fit = calling_list(), False
+
+    def join(self, kind):
+        self.joint = Joint.at(self.model) or Joint(self.model)
+        self.joint.attach(kind, self, self.run)
+
+    def on_train_begin(self, logs=None):
+        self.join("train")
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.joint.expect("train", self)
+
+    def on_train_end(self, logs=None):
+        self.joint.detach("train", self)
+
+    def on_test_begin(self, logs=None):
+        self.join("test")
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self.joint.expect("test", self)
+
+    def on_test_end(self, logs=None):
+        self.joint.detach("test", self)
+
+    def prepare(self, data_spec):
+        self.prepared += 1
+
+    def sites(self):
+        return [Site(self.model.get_layer("flat"), "output")]
+
+    def observe(self, kind, tensors, data):
+        (tensor,) = (tensors[site] for site in self.sites())
+        self.total.assign_add(tf.reduce_sum(tensor))
+        self.examples.assign_add(tf.shape(tensor)[0])
+
+    def checked(self, kind):
+        assert int(self.examples) > 0
+
+    def logs(self, kind):
+        self.ended.append((kind, int(self.examples)))
+        self.examples.assign(0)
+        return {"watched": float(self.total)}
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize(
+    ("options", "batch_size"),
+    [({}, 50), ({"steps_per_execution": 3}, 50), ({"run_eagerly": True}, 128)],
+    ids=["plain", "loop with a ragged end", "eager"],
+)
+def test_every_batch_is_shown_once(digits, isolated, options, batch_size):
+    (x, y), (xv, yv) = digits
+    watcher = Watcher(isolated)
+    history = compiled(dense_net(), **options).fit(
+        x, y, batch_size=batch_size, epochs=2, validation_data=(xv, yv),
+        callbacks=[watcher], verbose=0,
+    ).history  # fmt: skip
+    assert watcher.ended == [("train", 320), ("test", 160)] * 2
+    expected = np.cumsum([x.sum(), xv.sum()] * 2)
+    np.testing.assert_allclose(history["watched"], expected[0::2], rtol=1e-4)
+    np.testing.assert_allclose(history["val_watched"], expected[1::2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_steps_per_epoch_of_endless_data(digits, isolated):
+    (x, y), _ = digits
+    data = tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(40)
+    watcher = Watcher(isolated)
+    compiled(dense_net()).fit(data, steps_per_epoch=5, epochs=3, callbacks=[watcher], verbose=0)
+    assert watcher.ended == [("train", 200)] * 3
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_the_step_is_compiled_once_over_fits(digits, isolated):
+    (x, y), _ = digits
+    model, watcher = compiled(dense_net()), Watcher(isolated)
+    model.fit(x, y, callbacks=[watcher], verbose=0)
+    joint = watcher.joint
+    watcher.join = lambda kind: joint.attach(kind, watcher, watcher.run)
+    functions = {key: made for key, (_, made) in joint._observed.items()}
+    model.fit(x, y, callbacks=[watcher], verbose=0)
+    assert {key: made for key, (_, made) in joint._observed.items()} == functions
+    compiled(model)
+    model.fit(x, y, callbacks=[watcher], verbose=0)
+    assert all(joint._observed[key][1] is not made for key, made in functions.items())
+    assert watcher.prepared == 3
+
+
+def test_the_calling_list_is_found_through_a_wrapping_callback(digits):
+    class Wrapping(keras.callbacks.Callback):
+        def set_model(self, model):
+            super().set_model(model)
+            self.found = calling_list()
+
+    class Outer(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.inner = Wrapping()
+
+        def set_model(self, model):
+            super().set_model(model)
+            self.inner.set_model(model)
+
+    outer = Outer()
+    compiled(dense_net()).fit(*digits[1], callbacks=[outer], verbose=0)
+    assert isinstance(outer.inner.found, keras.callbacks.CallbackList)
+    assert calling_list() is None

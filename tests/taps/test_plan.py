@@ -1,0 +1,57 @@
+"""A plan: taps with their reductions, from the user's words to features."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hosts import activations, convnet
+
+from keras_probes import GlobalAverage, RandomFeatures
+from keras_probes.taps.graph import call_at_inference, input_spec_of
+from keras_probes.taps.plan import make_plan
+from keras_probes.taps.record import record_calls
+
+
+def plan_of(model, layers="auto", reduce="auto", seed=0):
+    return make_plan(model, input_spec_of(model), layers, reduce, seed)
+
+
+def test_features_of_a_pass(digits):
+    model, x = convnet(), digits[1][0]
+    plan = plan_of(model, ["conv", "pool"], {"conv": RandomFeatures(20), "pool": "gap"})
+    assert plan.n_features == {"conv": 20, "pool": 6}
+    sites = {site.layer for site in plan.sites()}
+    with record_calls(model, sites) as recording:
+        call_at_inference(model, tf.constant(x))
+    features = plan.features(recording.tensors)
+    kept = np.asarray(plan.taps[0].reduction.indices)
+    conv = activations(model, "conv", x).reshape(len(x), -1)
+    np.testing.assert_allclose(features["conv"], conv[:, kept], rtol=1e-5, atol=1e-6)
+    pool = activations(model, "pool", x).mean(axis=(1, 2))
+    np.testing.assert_allclose(features["pool"], pool, rtol=1e-5, atol=1e-6)
+
+
+def test_one_instance_serves_taps_of_different_shapes():
+    plan = plan_of(convnet(), reduce=GlobalAverage())
+    reductions = [reduced.reduction for reduced in plan.taps]
+    assert len({id(reduction) for reduction in reductions}) == len(reductions)
+    assert plan.n_features["conv"] == 6
+    assert plan.n_features["dense"] == 16
+
+
+def test_the_same_seed_makes_the_same_plan():
+    def kept(seed):
+        (reduced,) = plan_of(convnet(), "conv", RandomFeatures(50), seed).taps
+        return np.asarray(reduced.reduction.indices).tolist()
+
+    assert kept(1) == kept(1) != kept(2)
+
+
+def test_a_tap_the_step_does_not_compute():
+    plan = plan_of(convnet(), ["conv", "pool"])
+    with pytest.raises(ValueError, match=r"'conv'.*Leave it out"):
+        plan.features({})
+
+
+def test_a_glob_that_fits_no_tap():
+    with pytest.raises(ValueError, match=r"'pol\*'.*'pool'"):
+        plan_of(convnet(), reduce={"pol*": "gap"})
