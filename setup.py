@@ -16,10 +16,10 @@ TEST = [*EXAMPLES, "pytest>=8,<10", "pytest-xdist>=3.6,<4", "scikit-learn>=1.6,<
 OFFLINE: list[str] = []  # the offline path is still to come
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
 DEV = [
-    "build==1.6.0",
+    "build==1.6.1",
     "import-linter==2.16",
     "mypy==2.4.1",
-    "pandas-stubs==3.1.1.261029",
+    "pandas-stubs==3.1.0.261029",
     "ruff==0.17.6",
 ]
 

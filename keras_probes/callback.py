@@ -18,7 +18,7 @@ from keras_probes.online import OnlineProbes, Settings, mebibytes
 from keras_probes.probes.heads import Sums
 from keras_probes.probes.targets import named_targets
 from keras_probes.results import ProbeResults, Row
-from keras_probes.taps.capture import Joint, Kind, calling_list, quiet_progress_bar
+from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector, nearest
@@ -105,9 +105,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
         )
         self._online: OnlineProbes | None = None
         self._joint: Joint | None = None
+        self._test_split = "test"  # of the evaluation that is running
         self._writer: TensorBoardWriter | None = None
-        self._run: keras.callbacks.CallbackList | None = None
-        self._in_fit = False
+        self._fit: keras.callbacks.CallbackList | None = None  # identifies the fit
         self._epoch = 0
 
     # What a user asks for.
@@ -179,9 +179,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        self._in_fit = False  # every fit, and every evaluate outside of one, sets the model anew
-        self._run = calling_list()
-        quiet_progress_bar(self._run, lambda: self._joint)
+        quiet_progress_bar(lambda: self._joint)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._check_host(self.model)
@@ -191,13 +189,13 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if spec is not None:  # else the first batch will tell
             online.choose_taps(spec)
         self._writer = TensorBoardWriter(self.log_dir) if self.log_dir is not None else None
+        self._fit = next(iter(calling_lists()), None)
         self._join("train", online)
-        self._in_fit = True
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch = epoch
         if self._online is not None and self._online.built:
-            self._online.probes.reset_sums()
+            self._online.probes.reset_sums("train")
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         self._expect("train")
@@ -208,7 +206,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         self._leave("test", "train")
-        self._in_fit = False
+        self._fit = None
         if self._writer is not None:
             self._writer.close()
 
@@ -219,14 +217,17 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 "These probes have not been trained on this model. Pass the callback to its `fit` "
                 f"before `evaluate`. Received: evaluate of {self.model.name!r}."
             )
-        online.probes.reset_sums()
+        online.probes.reset_sums("test")
+        within_fit = self._fit is not None and self._fit is next(iter(calling_lists()), None)
+        self._test_split = "validation" if within_fit else "test"
         self._join("test", online)
 
     def on_test_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         self._expect("test")
 
     def on_test_end(self, logs: dict | None = None) -> None:
-        self._leave(*("test",) if self._in_fit else ("test", "train"))
+        in_fit = self._fit in calling_lists()
+        self._leave(*("test",) if in_fit else ("test", "train"))
 
     # How it is done.
 
@@ -259,7 +260,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def _join(self, kind: Kind, online: OnlineProbes) -> None:
         own = self._joint if self._joint and self._joint.host is online.host else None
         self._joint = Joint.at(online.host) or own or Joint(online.host)
-        self._joint.attach(kind, online, self._run)
+        self._joint.attach(kind, online, next(iter(calling_lists()), None))
 
     def _expect(self, kind: Kind) -> None:
         if self._joint is not None and self._online is not None:
@@ -275,7 +276,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         assert self._online is not None
         if not self.results.taps:
             self.results.taps = self._online.tap_infos()
-        split = "train" if kind == "train" else "validation" if self._in_fit else "test"
+        split = "train" if kind == "train" else self._test_split
         rows = list(self._rows(sums, split, self._online.probes.steps))
         self.results.add(rows)
         return {_log_key(row): row.value for row in rows}

@@ -175,11 +175,11 @@ class OnlineProbes:
         else:
             self.probes.test(features, labels, weights)
 
-    def checked(self, kind: Kind) -> None:  # noqa: ARG002
-        self._check_labels(self.probes.sums())
+    def checked(self, kind: Kind) -> None:
+        self._check_labels(self.probes.sums(kind))
 
     def logs(self, kind: Kind) -> dict[str, float]:
-        sums = self.probes.sums()
+        sums = self.probes.sums(kind)
         self._check_labels(sums)
         return self._report(kind, sums)
 

@@ -17,7 +17,7 @@ batches. Taps of equal width are stacked and share one product.
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -227,7 +227,10 @@ class ProbeSet:
         self._steps = keras.Variable(0.0, dtype="float32", trainable=False, name="probe_steps")
         # float64 holds counts exactly and loses nothing over a long epoch.
         shape = (len(self.targets) * len(self.taps), len(SUMS))
-        self._sums = keras.Variable(np.zeros(shape), dtype="float64", trainable=False, name="sums")
+        self._sums = {
+            kind: keras.Variable(np.zeros(shape), dtype="float64", trainable=False, name=kind)
+            for kind in ("train", "test")
+        }
         self.optimizer.build(self._trainable())
 
     def train(self, features: Features, labels: Labels, weights: Labels) -> None:
@@ -248,7 +251,7 @@ class ProbeSet:
             for target, heads in group.heads.items():
                 rows.append(_sums(heads.mean_logits(z), labels[target], weights[target], finite))
                 gradients += heads.gradients(z, labels[target], finite * weights[target])
-        self._add(rows)
+        self._sums["train"].assign_add(ops.concatenate(rows, axis=0))
         self.optimizer.apply(gradients, self._trainable())
         self._steps.assign_add(1.0)
         for group in self._groups:
@@ -263,15 +266,15 @@ class ProbeSet:
             z = group.standardize(inputs)
             for target, heads in group.heads.items():
                 rows.append(_sums(heads.mean_logits(z), labels[target], weights[target], finite))
-        self._add(rows)
+        self._sums["test"].assign_add(ops.concatenate(rows, axis=0))
 
-    def reset_sums(self) -> None:
-        """Starts a new epoch or evaluation."""
-        self._sums.assign(np.zeros(self._sums.shape))
+    def reset_sums(self, kind: Literal["train", "test"]) -> None:
+        """Starts a new epoch of training, or a new evaluation."""
+        self._sums[kind].assign(np.zeros(self._sums[kind].shape))
 
-    def sums(self) -> Sums:
+    def sums(self, kind: Literal["train", "test"]) -> Sums:
         """Returns `sums[target][tap][name]` since the last reset, for the names in `SUMS`."""
-        rows = iter(self._sums.value.numpy())
+        rows = iter(self._sums[kind].value.numpy())
         found: dict[str | None, dict[str, dict[str, float]]] = {t: {} for t in self.targets}
         for group in self._groups:
             for target in group.heads:
@@ -312,9 +315,6 @@ class ProbeSet:
             for heads in group.heads.values()
             for variable in (heads.kernel, heads.bias)
         ]
-
-    def _add(self, rows: list[tf.Tensor]) -> None:
-        self._sums.assign_add(ops.concatenate(rows, axis=0))
 
 
 def _finite(features: Features, taps: Sequence[str]) -> tuple[list[tf.Tensor], tf.Tensor]:

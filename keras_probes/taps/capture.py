@@ -72,10 +72,10 @@ class Joint:
         self.keys: set[str] = set()  # of all logs that observers have added
         self._attached: dict[Kind, list[Observer]] = {"train": [], "test": []}
         self._expected: dict[Kind, list[Observer]] = {"train": [], "test": []}
-        self._run: object = None
-        self._unprepared: list[tuple[Kind, Observer]] = []
+        self._runs: dict[Kind, object] = {}
+        self._unprepared: set[tuple[Kind, Observer]] = set()
         self._guards: dict[Kind, Any] = {}
-        self._observed: dict[tuple, tuple[Callable, Callable]] = {}  # key -> (plain, observed)
+        self._observed: dict[tuple, tuple[Callable, Any]] = {}  # key -> (plain, what stands for it)
         self._last: tuple[Any, Kind, list[Observer]] = (None, "train", [])
 
     @classmethod
@@ -89,16 +89,15 @@ class Joint:
         Args:
             kind: Which steps.
             observer: What to run in them.
-            run: Identifies the `fit` or `evaluate`, see `calling_list`. Observers that a run
+            run: Identifies the `fit` or `evaluate`, see `calling_lists`. Observers that a run
                 before it left attached, since it was interrupted, are let go.
         """
-        if run is not self._run:
-            self._run = run
-            for attached in self._attached.values():
-                attached.clear()
+        if run is not self._runs.get(kind):
+            self._runs[kind] = run
+            self._attached[kind].clear()
         if observer not in self._attached[kind]:
             self._attached[kind].append(observer)
-        self._unprepared.append((kind, observer))
+        self._unprepared.add((kind, observer))
         self._expected[kind].clear()
         function = getattr(self.host, f"{kind}_function")
         if function is not self._guards.get(kind):
@@ -154,17 +153,8 @@ class Joint:
         isolated = [o for o in observers if o.isolated]
         step = self._shared(kind, shared, plain) if shared else plain
         if isolated:
-            look = self._isolated(kind, isolated, iterator.element_spec)
-            step = self._on_batch(kind, step, iterator.element_spec)
-
-            def looked(data: Any) -> None:
-                look(data)
-                while fresh and fresh[-1].isolated:
-                    fresh.pop().checked(kind)
-
-            logs = self._in_turn(looked, step, iterator)
-        else:
-            logs = step(iterator)
+            step = self._after_a_look(kind, isolated, step, iterator.element_spec, fresh)
+        logs = step(iterator)
         for observer in fresh:
             observer.checked(kind)
         return logs
@@ -189,8 +179,19 @@ class Joint:
 
         return self._cached((kind, "shared", *map(id, observers)), plain, make)
 
-    def _isolated(self, kind: Kind, observers: list[Observer], spec: Any) -> Callable:
-        """A function of one batch: a forward pass at inference, and the observers on it."""
+    def _after_a_look(
+        self,
+        kind: Kind,
+        observers: list[Observer],
+        step: Callable,
+        spec: Any,
+        fresh: list[Observer],
+    ) -> Callable:
+        """A function of an iterator: for each batch the observers' forward pass, then `step`.
+
+        The two are compiled apart, so that neither changes how the other is. Observers in `fresh`
+        are checked, and taken off it, after their first look, before the host's step.
+        """
 
         def look(data: Any) -> None:
             x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
@@ -199,32 +200,30 @@ class Joint:
             for observer in observers:
                 observer.observe(kind, recording.tensors, data)
 
+        def make() -> tuple[Callable, Callable]:
+            on_batch = self._compiled(lambda data: step(iter([data])), spec)
+            return self._compiled(look, spec), on_batch
+
         key = (kind, "isolated", str(spec), *map(id, observers))
-        return self._cached(key, self._guards[kind].plain, lambda: self._compiled(look, spec))
+        compiled_look, on_batch = self._cached(key, step, make)
 
-    def _on_batch(self, kind: Kind, step: Callable, spec: Any) -> Callable:
-        """The host's function of an iterator as one of a batch."""
+        def in_turn(iterator: Iterator) -> Any:
+            logs = None
+            for batch in range(self.host.steps_per_execution):
+                try:
+                    data = next(iterator)
+                except StopIteration:
+                    if batch:
+                        break
+                    raise
+                compiled_look(data)
+                for observer in [o for o in fresh if o.isolated]:
+                    observer.checked(kind)
+                    fresh.remove(observer)
+                logs = on_batch(data)
+            return logs
 
-        def on_batch(data: Any) -> Any:
-            return step(iter([data]))
-
-        return self._cached(
-            (kind, "on_batch", str(spec)), step, lambda: self._compiled(on_batch, spec)
-        )
-
-    def _in_turn(self, look: Callable, step: Callable, iterator: Iterator) -> Any:
-        logs, batches = None, 0
-        while batches < self.host.steps_per_execution:
-            try:
-                data = next(iterator)
-            except StopIteration:
-                if batches:
-                    break
-                raise
-            look(data)
-            logs = step(data)
-            batches += 1
-        return logs
+        return in_turn
 
     def _compiled(self, function: Callable, spec: Any) -> Callable:
         """Compiles a function of a batch for the shapes of the whole data, not of one batch.
@@ -236,7 +235,7 @@ class Joint:
             return function
         return tf.function(function, input_signature=[spec], autograph=False)
 
-    def _cached(self, key: tuple, plain: Callable, make: Callable[[], Callable]) -> Callable:
+    def _cached(self, key: tuple, plain: Callable, make: Callable[[], Any]) -> Any:
         """Compiles once for each function it stands for: `compile()` makes the host a new one."""
         if key not in self._observed or self._observed[key][0] is not plain:
             self._observed[key] = (plain, make())
@@ -316,31 +315,31 @@ def _evaluate_returns_list(host: keras.Model) -> bool:
     return False
 
 
-def calling_list() -> keras.callbacks.CallbackList | None:
-    """Returns the list that calls this callback: each `fit`, and each `evaluate`, has its own.
+def calling_lists() -> list[keras.callbacks.CallbackList]:
+    """Returns the lists of callbacks that are calling, from the innermost out.
 
-    To be called within a callback's `set_model`. Keras gives a callback no other way to it.
+    To be called within a callback. Each `fit`, and each `evaluate` outside of one, has its own
+    list, which so identifies it; Keras gives a callback no other way to it.
     """
     callers = (frame.f_locals.get("self") for frame in _callers())
-    return next((c for c in callers if isinstance(c, keras.callbacks.CallbackList)), None)
+    lists = (caller for caller in callers if isinstance(caller, keras.callbacks.CallbackList))
+    return list(dict.fromkeys(lists))
 
 
-def quiet_progress_bar(
-    run: keras.callbacks.CallbackList | None, joint: Callable[[], Joint | None]
-) -> None:
-    """Keeps the observers' keys off a run's progress bar.
+def quiet_progress_bar(joint: Callable[[], Joint | None]) -> None:
+    """Keeps the observers' keys off the progress bar of the run that is being set up.
 
-    Logs reach all callbacks alike, and the bar would print every key at the end of an epoch,
-    several lines of them.
+    To be called within a callback's `set_model`. Logs reach all callbacks alike, and the bar would
+    print every key at the end of an epoch, several lines of them.
 
     Args:
-        run: The list of callbacks, which holds the bar.
         joint: Returns the joint whose `keys` to hide.
     """
-    for bar in run.callbacks if run is not None else ():
-        if isinstance(bar, keras.callbacks.ProgbarLogger):
-            for method in ("on_epoch_end", "on_test_end"):
-                vars(bar)[method] = _without_keys(getattr(bar, method), joint)
+    for run in calling_lists()[:1]:
+        for bar in run.callbacks:
+            if isinstance(bar, keras.callbacks.ProgbarLogger):
+                for method in ("on_epoch_end", "on_test_end"):
+                    vars(bar)[method] = _without_keys(getattr(bar, method), joint)
 
 
 def _callers() -> Iterator[FrameType]:

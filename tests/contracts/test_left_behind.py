@@ -216,6 +216,29 @@ def test_an_evaluate_by_another_callback_is_left_alone(digits, mode):
     assert len(history["val_probe_error/dense"]) == 2
 
 
+def test_an_evaluate_of_the_probes_in_the_middle_of_a_fit(digits, mode):
+    probes = LinearProbeCallback("dense", mode=mode)
+
+    class Evaluate(keras.callbacks.Callback):
+        seen = ()
+
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1:
+                (x, y), given = digits[1], {"callbacks": [probes], "return_dict": True}
+                logs = self.model.evaluate(x, y, verbose=0, **given)
+                self.seen = (*self.seen, logs["probe_error/dense"])
+
+    other = Evaluate()
+    history = fit(dense_host := compiled(dense_net()), digits, probes, other, epochs=2).history
+    frame = probes.results.frame()
+    assert list(frame["split"].unique()) == ["test", "train", "validation"]
+    assert set(frame.loc[frame["split"] == "train", "n"]) == {320}
+    tested = frame[(frame["split"] == "test") & (frame["metric"] == "error")]
+    assert list(tested["value"]) == list(other.seen)
+    assert len(history["val_probe_error/dense"]) == 2
+    assert not any(name.startswith("_get_metrics") for name in vars(dense_host))
+
+
 def test_two_callbacks_at_once(digits, mode):
     first, second = LinearProbeCallback("dense", mode=mode), LinearProbeCallback("input")
     host = compiled(dense_net())

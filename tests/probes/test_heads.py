@@ -112,12 +112,12 @@ def test_measures_against_scikit_learn():
     probes = probe_set({"tap": 5}, num_classes=8)
     for start in range(0, 400, 50):
         train(probes, {"tap": x[start : start + 50]}, labels[start : start + 50])
-    probes.reset_sums()
+    probes.reset_sums("test")
     weights = RNG.uniform(0, 3, 400)
     for start in range(0, 400, 150):  # a ragged end
         part = slice(start, start + 150)
         test(probes, {"tap": x[part]}, labels[part], weights[part])
-    sums = probes.sums()[None]["tap"]
+    sums = probes.sums("test")[None]["tap"]
     W, b = probes.weights("tap", None)
     logits = x.astype("float64") @ W + b
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -133,7 +133,7 @@ def test_an_untrained_probe_is_as_wrong_as_a_constant():
     probes = probe_set({"tap": 5}, num_classes=3)
     x, labels = blobs(90)
     test(probes, {"tap": x}, labels)
-    sums = probes.sums()[None]["tap"]
+    sums = probes.sums("test")[None]["tap"]
     assert sums["wrong"] == (labels != 0).sum()  # argmax of equal scores is the first class
     assert sums["weighted_loss"] / sums["weight"] == pytest.approx(np.log(3), rel=1e-6)
 
@@ -142,7 +142,7 @@ def test_a_batch_is_measured_before_its_update():
     probes = probe_set({"tap": 5})
     x, labels = blobs(50)
     train(probes, {"tap": x}, labels)
-    assert probes.sums()[None]["tap"]["wrong"] == (labels != 0).sum()
+    assert probes.sums("train")[None]["tap"]["wrong"] == (labels != 0).sum()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
@@ -155,9 +155,9 @@ def test_training_comes_close_to_the_optimum_whatever_the_scale(scale):
     for _ in range(3):
         for start in range(0, 3000, 50):
             train(probes, {"tap": x[start : start + 50]}, labels[start : start + 50])
-    probes.reset_sums()
+    probes.reset_sums("test")
     test(probes, {"tap": x_test}, labels_test)
-    sums = probes.sums()[None]["tap"]
+    sums = probes.sums("test")[None]["tap"]
     best = LogisticRegression(C=1e3).fit(x / scale - 50, labels)
     optimum = log_loss(labels_test, best.predict_proba(x_test / scale - 50))
     assert sums["weighted_loss"] / sums["weight"] == pytest.approx(optimum, abs=0.02)
@@ -198,11 +198,11 @@ def test_examples_that_are_not_finite_are_left_out_of_their_tap_alone(bad):
     for _ in range(3):
         train(clean, {"a": x, "b": x}, labels)
         train(hit, {"a": x, "b": poisoned}, labels)
-    sums = hit.sums()[None]
+    sums = hit.sums("train")[None]
     assert sums["b"]["nonfinite"] == 30
     assert sums["b"]["count"] == 3 * 54
     assert np.isfinite(sums["b"]["weighted_loss"])
-    assert sums["a"] == clean.sums()[None]["a"]
+    assert sums["a"] == clean.sums("train")[None]["a"]
     for got, expected in zip(hit.weights("a", None), clean.weights("a", None), strict=True):
         np.testing.assert_array_equal(got, expected)
     assert all(np.isfinite(w).all() for w in hit.weights("b", None))
@@ -215,7 +215,7 @@ def test_a_batch_with_nothing_finite_changes_nothing():
     kernel = np.asarray(probes._groups[0].heads[None].kernel)
     train(probes, {"a": np.full_like(x, np.nan)}, labels)
     np.testing.assert_array_equal(probes._groups[0].heads[None].kernel, kernel)
-    assert probes.sums()[None]["a"]["count"] == 32
+    assert probes.sums("train")[None]["a"]["count"] == 32
 
 
 def test_examples_without_a_label_are_left_out():
@@ -228,8 +228,8 @@ def test_examples_without_a_label_are_left_out():
     train(weighted, {"a": x}, labels, np.r_[np.zeros(8), np.ones(32)])
     for got, expected in zip(probes.weights("a", None), weighted.weights("a", None), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
-    assert probes.sums()[None]["a"]["unlabelled"] == 8
-    assert probes.sums()[None]["a"]["count"] == 32
+    assert probes.sums("train")[None]["a"]["unlabelled"] == 8
+    assert probes.sums("train")[None]["a"]["count"] == 32
 
 
 def test_several_targets_share_the_features():
@@ -241,7 +241,7 @@ def test_several_targets_share_the_features():
         probes.train({"a": tf.constant(x)}, both, weights)
     assert probes.weights("a", "all")[0].shape == (5, 3)
     assert probes.weights("a", "is_zero")[0].shape == (5, 2)
-    assert set(probes.sums()) == {"all", "is_zero"}
+    assert set(probes.sums("train")) == {"all", "is_zero"}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", keras.optimizers.Adam(0.02, name="theirs"), None])
