@@ -184,6 +184,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._check_host(self.model)
         online = self._adopt(self.model)
+        online.memory_limit = self.memory_limit
         self.results = ProbeResults()
         spec = input_spec_of(self.model)
         if spec is not None:  # else the first batch will tell
@@ -234,7 +235,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def _adopt(self, model: keras.Model) -> OnlineProbes:
         """Returns the probes of `model`; those of another host are dropped."""
         if self._online is None or self._online.host is not model:
-            self._online = OnlineProbes(model, self._settings, self.memory_limit, self._report)
+            self._online = OnlineProbes(model, self._settings, self._report)
         return self._online
 
     def _built(self) -> OnlineProbes:

@@ -44,22 +44,24 @@ class OnlineProbes:
     Args:
         host: The model.
         settings: What to probe and how.
-        memory_limit: Bytes all probes together may take.
         report: Makes the logs of an epoch or evaluation from its sums.
+
+    Attributes:
+        memory_limit: Bytes all probes together may take.
     """
+
+    memory_limit: int
 
     def __init__(
         self,
         host: keras.Model,
         settings: Settings,
-        memory_limit: int,
         report: Callable[[Kind, Sums], dict[str, float]],
     ):
         self.host = host
         self.isolated = settings.isolated
         self.targets: list[Target] = []
         self._settings = settings
-        self._memory_limit = memory_limit
         self._report = report
         self._plan: TapPlan | None = None
         self._probes: ProbeSet | None = None
@@ -187,11 +189,11 @@ class OnlineProbes:
 
     def _check_memory(self) -> None:
         memory = {tap: size for tap, (_, size) in self.sizes().items()}
-        if sum(memory.values()) > self._memory_limit:
+        if sum(memory.values()) > self.memory_limit:
             largest = max(memory, key=memory.__getitem__)
             raise ValueError(
                 f"The probes would take {mebibytes(sum(memory.values()))}, more than the limit of "
-                f"{mebibytes(self._memory_limit)}; most of it {largest!r}, with "
+                f"{mebibytes(self.memory_limit)}; most of it {largest!r}, with "
                 f"{self.plan.n_features[largest]:,} features: {mebibytes(memory[largest])}. Keep "
                 'fewer features with reduce="gap" or reduce="auto" (at most 1,000 a tap), choose '
                 "fewer layers, or set memory_limit on the callback, in bytes."

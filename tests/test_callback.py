@@ -210,6 +210,7 @@ def test_history_frame_and_files_agree(trained, tmp_path):
                 assert list(rows["epoch"]) == list(range(8))
                 assert set(rows["n"]) == {320 if split == "train" else 160}
     assert list(frame.loc[frame["split"] == "train", "step"].unique()) == list(range(20, 180, 20))
+    assert list(frame["tap"].unique()) == [tap.name for tap in probes.results.taps]
     probes.results.save(tmp_path)
     pd.testing.assert_frame_equal(ProbeResults.load(tmp_path).frame(), frame)
 
@@ -465,10 +466,11 @@ def test_labels_out_of_range(digits, mode):
 
 
 def test_too_much_memory_says_how_much_and_what_helps(digits):
-    probes = LinearProbeCallback(reduce="flatten")
+    probes, model = LinearProbeCallback(reduce="flatten"), compiled(convnet())
+    probes.summary(model)
     probes.memory_limit = 50_000
     with pytest.raises(ValueError, match="MiB") as raised:
-        fit(digits, probes, compiled(convnet()))
+        fit(digits, probes, model)
     for part in ("'conv'", "384 features", 'reduce="gap"', "memory_limit"):
         assert part in str(raised.value)
 

@@ -274,13 +274,14 @@ class ProbeSet:
 
     def sums(self, kind: Literal["train", "test"]) -> Sums:
         """Returns `sums[target][tap][name]` since the last reset, for the names in `SUMS`."""
-        rows = iter(self._sums[kind].value.numpy())
-        found: dict[str | None, dict[str, dict[str, float]]] = {t: {} for t in self.targets}
-        for group in self._groups:
-            for target in group.heads:
-                for tap in group.taps:
-                    found[target][tap] = dict(zip(SUMS, next(rows).tolist(), strict=True))
-        return found
+        rows = iter(self._sums[kind].value.numpy().tolist())
+        found = {
+            (target, tap): dict(zip(SUMS, next(rows), strict=True))
+            for group in self._groups
+            for target in group.heads
+            for tap in group.taps
+        }
+        return {t: {tap: found[t, tap] for tap in self.taps} for t in self.targets}
 
     def weights(self, tap: str, target: str | None) -> tuple[np.ndarray, np.ndarray]:
         """The probe on the raw features: float32 W (n_features, num_classes), b (num_classes,)."""
