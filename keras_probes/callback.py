@@ -93,8 +93,15 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 "keras_probes works with Keras on TensorFlow. Received: Keras on "
                 f"{keras.backend.backend()}. Set KERAS_BACKEND=tensorflow before importing keras."
             )
-        for metric in metrics or (None,):
+        if isinstance(metrics, str) or not metrics:
+            raise ValueError(
+                f"Expected `metrics` to be a sequence of {', '.join(map(repr, METRICS))}. "
+                f"Received: metrics={metrics!r}."
+            )
+        for metric in metrics:
             _one_of("metrics", metric, METRICS)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"Expected `seed` to be an integer. Received: seed={seed!r}.")
         _one_of("mode", mode, ("shared", "isolated"))
         named_targets(target)
         self.metrics = tuple(metrics)

@@ -17,7 +17,7 @@ from keras_probes.probes.targets import Target, expected_classes, resolve_target
 from keras_probes.results import TapInfo
 from keras_probes.taps.capture import Kind
 from keras_probes.taps.plan import TapPlan, make_plan
-from keras_probes.taps.record import Site
+from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector
 
@@ -164,28 +164,41 @@ class OnlineProbes:
             optimizer = own_optimizer(wanted.optimizer)
             self._probes = ProbeSet(self.plan.n_features, classes, optimizer)
 
-    def sites(self) -> Iterable[Site]:
-        return self.plan.sites()
+    def check(self, data: Any) -> None:
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        for target in self.targets:
+            labels = target.labels(x, y)
+            _check_labels(target, int(tf.math.count_nonzero(labels < 0)), len(labels))
 
-    def observe(self, kind: Kind, tensors: dict[Site, tf.Tensor], data: Any) -> None:
+    def layers(self) -> Iterable[keras.Operation]:
+        return self.plan.layers()
+
+    def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        features = self.plan.features(tensors)
+        features = self.plan.features(recording)
         labels = {target.name: target.labels(x, y) for target in self.targets}
+        rows = tf.shape(next(iter(features.values())))[0]
+        for label in labels.values():
+            tf.debugging.assert_equal(
+                rows,
+                tf.shape(label)[0],
+                "This step of the model computes another number of examples than there are labels. "
+                'Use mode="isolated", where probes have a forward pass of their own.',
+            )
         weights = {t.name: t.weights(sample_weight, labels[t.name]) for t in self.targets}
         if kind == "train":
             self.probes.train(features, labels, weights)
         else:
             self.probes.test(features, labels, weights)
 
-    def checked(self, kind: Kind) -> None:
-        self._check_labels(self.probes.sums(kind))
-
     def logs(self, kind: Kind) -> dict[str, float]:
         sums = self.probes.sums(kind)
-        self._check_labels(sums)
+        for target in self.targets:
+            of_tap = next(iter(sums[target.name].values()))
+            unlabelled = int(of_tap["unlabelled"])
+            total = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
+            _check_labels(target, unlabelled, total)
         return self._report(kind, sums)
-
-    # What goes wrong.
 
     def _check_memory(self) -> None:
         memory = {tap: size for tap, (_, size) in self.sizes().items()}
@@ -199,19 +212,16 @@ class OnlineProbes:
                 "fewer layers, or set memory_limit on the callback, in bytes."
             )
 
-    def _check_labels(self, sums: Sums) -> None:
-        for target in self.targets:
-            of_tap = next(iter(sums[target.name].values()))
-            unlabelled = int(of_tap["unlabelled"])
-            if unlabelled:
-                total = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
-                name = "" if target.name is None else f" of target {target.name!r}"
-                raise ValueError(
-                    f"Expected labels{name} to be integers from 0 to {target.num_classes - 1}, or "
-                    f"one-hot rows that sum to 1. Received: {unlabelled} of {total} labels that "
-                    "are not. Labels that start at 1 need y - 1; several classes for one example "
-                    "need a target= function that picks one."
-                )
+
+def _check_labels(target: Target, unlabelled: int, total: int) -> None:
+    if unlabelled:
+        name = "" if target.name is None else f" of target {target.name!r}"
+        raise ValueError(
+            f"Expected labels{name} to be integers from 0 to {target.num_classes - 1}, or one-hot "
+            f"rows that sum to 1. Received: {unlabelled} of {total} labels that are not. Labels "
+            "that start at 1 need y - 1; several classes for one example need a target= function "
+            "that picks one."
+        )
 
 
 def mebibytes(size: float) -> str:

@@ -405,9 +405,62 @@ def test_tf_data_and_generators(digits):
     np.testing.assert_array_equal(*results)
 
 
+def test_inputs_by_name_are_probed_in_the_models_order(digits):
+    (x, y), _ = digits
+    flat = x.reshape(len(x), -1)
+    zeta, alpha = keras.Input((64,), name="zeta"), keras.Input((32,), name="alpha")
+    joined = layers.Concatenate()([zeta, alpha])
+    model = compiled(keras.Model([zeta, alpha], layers.Dense(10, activation="softmax")(joined)))
+    data = {"zeta": flat, "alpha": flat[:, :32], "unused": flat}
+    for mode in ("shared", "isolated"):
+        probes = LinearProbeCallback(["input[0]", "input[1]"], mode=mode)
+        with pytest.warns(UserWarning, match="structure of `inputs`"):
+            model.fit(data, y, callbacks=[probes], verbose=0)
+        assert probes.weights("input[0]")[0].shape == (64, 10)
+        assert probes.weights("input[1]")[0].shape == (32, 10)
+
+
+class Augmented(keras.Model):
+    """Calls a layer once more in training, and on two views of the batch."""
+
+    def __init__(self, two_views):
+        super().__init__()
+        self.two_views = two_views
+        self.flat = layers.Flatten()
+        self.hidden = layers.Dense(6, name="hidden")
+        self.out = layers.Dense(10, activation="softmax", name="out")
+
+    def call(self, x, training=False):
+        if training and not self.two_views:
+            self.hidden(self.flat(x) + 100.0)
+        return self.out(self.hidden(self.flat(x)))
+
+    def train_step(self, data):
+        x, y = data
+        if self.two_views:
+            x, y = tf.concat([x, x], axis=0), tf.concat([y, y], axis=0)
+        return super().train_step((x, y))
+
+
+@pytest.mark.parametrize("two_views", [False, True])
+def test_steps_that_shared_probes_cannot_read(digits, two_views):
+    (x, y), _ = digits
+    words = "number of examples" if two_views else "which call to probe"
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=words) as raised:
+        compiled(Augmented(two_views)).fit(
+            x, y, callbacks=[LinearProbeCallback("hidden")], verbose=0
+        )
+    assert 'mode="isolated"' in str(raised.value)
+    probes = LinearProbeCallback("hidden", mode="isolated")
+    compiled(Augmented(two_views)).fit(x, y, callbacks=[probes], verbose=0)
+    assert set(probes.results.frame()["n"]) == {320}
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
+        ({"metrics": "error"}, ["sequence", "'error'"]),
+        ({"seed": None}, ["seed", "None"]),
         ({"mode": "share"}, ["mode", "'shared'", "'share'"]),
         ({"metrics": ("eror",)}, ["metrics", "'eror'", "'error'"]),
         ({"metrics": ()}, ["metrics", "'loss'"]),
@@ -461,8 +514,7 @@ def test_labels_out_of_range(digits, mode):
     with pytest.raises(ValueError, match="integers from 0 to 9") as raised:
         model.fit(x, y, batch_size=320, callbacks=[probes], verbose=0)
     assert f"{(y == 9).sum()} of 320" in str(raised.value)
-    # Isolated probes look before the host's step, shared ones in it.
-    assert int(model.optimizer.iterations) == (1 if mode == "shared" else 0)
+    assert int(model.optimizer.iterations) == 0
 
 
 def test_too_much_memory_says_how_much_and_what_helps(digits):

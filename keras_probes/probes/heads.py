@@ -43,15 +43,24 @@ SUMS = ("count", "wrong", "wrong_top5", "weight", "weighted_loss", "nonfinite", 
 def own_optimizer(
     optimizer: keras.optimizers.Optimizer | str | None,
 ) -> keras.optimizers.Optimizer:
-    """Returns an optimizer for the probes alone: Adam by default, else a fresh copy."""
+    """Returns an optimizer for the probes alone: Adam by default, else a fresh copy.
+
+    Raises:
+        ValueError: It is neither an optimizer nor the name of one.
+    """
     if optimizer is None:
         return keras.optimizers.Adam(LEARNING_RATE, name="probe_optimizer")
-    if isinstance(optimizer, str):
-        config: dict[str, Any] = {"class_name": optimizer, "config": {}}
-    else:
+    config: dict[str, Any] = {"class_name": optimizer, "config": {}}
+    if isinstance(optimizer, keras.optimizers.Optimizer):
         config = keras.optimizers.serialize(optimizer)
     config["config"]["name"] = "probe_optimizer"  # a name of our own uses up no automatic one
-    return keras.optimizers.deserialize(config)
+    made = keras.optimizers.deserialize(config) if isinstance(config["class_name"], str) else None
+    if not isinstance(made, keras.optimizers.Optimizer):
+        raise ValueError(
+            'Expected `optimizer` to be a Keras optimizer, its name such as "sgd", or None. '
+            f"Received: optimizer={optimizer!r}."
+        )
+    return made
 
 
 def parameters_of(n_features: int, num_classes: int) -> int:
@@ -73,7 +82,9 @@ def averaging_rate(updates: tf.Tensor) -> tf.Tensor:
 class Standardize(keras.layers.Layer):
     """Centres and scales the features of several taps of equal width by running statistics.
 
-    A feature that has not varied yet is given as 0.
+    A feature that has not varied yet is given as 0. One whose variance is below a hundredth of its
+    tap's average is scaled as if it had that: a pixel that has been lit once would else be blown up
+    without bounds when it is lit again.
 
     Input: list of `n_taps` float32 tensors, shape (batch, n_features).
     Output: float32, shape (n_taps, batch, n_features).
@@ -95,7 +106,9 @@ class Standardize(keras.layers.Layer):
         """1 / (std * sqrt(n_features)), float32, shape (n_taps, 1, n_features)."""
         # Below this the spread is only the rounding of a float32 mean.
         varies = self.variance > 1e-12 * ops.square(self.mean) + 1e-30
-        inverse_std = ops.where(varies, ops.rsqrt(ops.where(varies, self.variance, 1.0)), 0.0)
+        floor = 1e-2 * ops.mean(self.variance, axis=-1, keepdims=True)
+        variance = ops.where(varies, ops.maximum(self.variance, floor), 1.0)
+        inverse_std = ops.where(varies, ops.rsqrt(variance), 0.0)
         return inverse_std / float(np.sqrt(self.n_features))
 
     def update(self, inputs: Sequence[tf.Tensor], finite: tf.Tensor) -> None:

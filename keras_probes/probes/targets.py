@@ -5,6 +5,7 @@ In: `x`, `y` and sample weights of a batch. Out: one integer label and one weigh
 
 import contextlib
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -89,7 +90,13 @@ def resolve_targets(
             can't be inferred.
     """
     resolved = []
-    for name, select in named_targets(target).items():
+    named = named_targets(target)
+    if isinstance(num_classes, Mapping) and not num_classes.keys() <= set(named):
+        raise ValueError(
+            "Expected the keys of `num_classes` to be names of targets: "
+            f"{', '.join(map(repr, named))}. Received: num_classes={dict(num_classes)!r}."
+        )
+    for name, select in named.items():
         given = _given(num_classes, name)
         labels = _label_spec(name, select, x_spec, y_spec)
         count = given if given is not None else _infer_classes(select, labels, outputs)
@@ -141,6 +148,8 @@ def _pick(select: Select, x: Any, y: Any) -> Any:
 def _describe(name: str | None, select: Select) -> str:
     if name is not None:
         return f"target {name!r}"
+    if callable(select):
+        return "the function given as target="
     return "the host's labels" if select is None else f"target={select!r}"
 
 
@@ -152,8 +161,19 @@ def _label_spec(name: str | None, select: Select, x_spec: Any, y_spec: Any) -> t
             f"or a mapping from names to these. Received: target={select!r}."
         )
     if callable(select):
-        function = tf.function(lambda x, y: tf.convert_to_tensor(select(x, y)), autograph=False)
-        made = function.get_concrete_function(x_spec, y_spec).structured_outputs
+        try:
+            function = tf.function(lambda x, y: select(x, y), autograph=False)
+            made = function.get_concrete_function(x_spec, y_spec).structured_outputs
+        except Exception as error:
+            raise ValueError(
+                f"{_describe(name, select)} fails: {error!r}. It is called with the tensors x and "
+                "y of a batch, within the compiled step: use TensorFlow or keras.ops operations."
+            ) from error
+        if not isinstance(made, tf.TensorSpec | tf.Tensor):
+            raise ValueError(
+                f"Expected {_describe(name, select)} to return one array of labels. "
+                f"Received: {type(made).__name__}."
+            )
         return tf.TensorSpec(made.shape, made.dtype)
     if y_spec is None:
         raise ValueError(
@@ -204,10 +224,13 @@ def _infer_classes(select: Select, labels: tf.TensorSpec | None, outputs: Any) -
 
 def _check(name: str | None, select: Select, labels: tf.TensorSpec, count: Any) -> None:
     what = _describe(name, select)
-    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 2:
         raise ValueError(
-            f"A probe needs at least 2 classes to tell apart. Received: {count!r} for {what}."
+            "A probe needs at least 2 classes to tell apart, given as an integer. "
+            f"Received: num_classes={count!r} for {what}."
         )
+    if not (labels.dtype.is_integer or labels.dtype.is_floating or labels.dtype == tf.bool):
+        raise ValueError(f"Expected labels of {what} to be numbers. Received: {labels.dtype.name}.")
     rank, columns = labels.shape.rank, labels.shape[1] if labels.shape.rank == 2 else None
     if rank == 1 or (rank == 2 and columns in (1, count)):
         return

@@ -12,6 +12,7 @@ a test: `fit` makes `train_function` before `on_train_begin` and looks it up at 
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
@@ -21,7 +22,7 @@ import keras
 import tensorflow as tf
 
 from keras_probes.taps.graph import call_at_inference
-from keras_probes.taps.record import Site, record_calls
+from keras_probes.taps.record import Recording, record_calls
 
 Kind = Literal["train", "test"]
 
@@ -41,14 +42,14 @@ class Observer(Protocol):
     def prepare(self, data_spec: Any) -> None:
         """Gets ready for batches of this spec; called before the first step of a fit."""
 
-    def sites(self) -> Iterable[Site]:
-        """The tensors it wants to see; asked after `prepare`."""
+    def check(self, data: Any) -> None:
+        """Looks at the first batches of a fit before the host trains on them, to refuse them."""
 
-    def observe(self, kind: Kind, tensors: dict[Site, tf.Tensor], data: Any) -> None:
+    def layers(self) -> Iterable[keras.Operation]:
+        """The layers it wants to listen to; asked after `prepare`."""
+
+    def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
         """Takes in one batch; runs within a traced step."""
-
-    def checked(self, kind: Kind) -> None:
-        """Called after the first step of a fit or an evaluation, outside of any trace."""
 
     def logs(self, kind: Kind) -> dict[str, float]:
         """Numbers for the logs of the epoch or the evaluation that ends now."""
@@ -61,7 +62,7 @@ class Joint:
     runs the observed step only if an observer said, in its `on_*_batch_begin`, that the call which
     follows is its own; any other call (a plain `fit` after an interrupted one, `train_on_batch`,
     an `evaluate` by another callback) gets the host's plain function. So what an exception leaves
-    behind is inert.
+    behind is inert, and the first such call takes it off.
 
     Args:
         host: The model.
@@ -129,6 +130,8 @@ class Joint:
             observers = list(dict.fromkeys(self._expected[kind]))
             self._expected[kind].clear()
             if not observers:
+                if not self._running():
+                    self._remove()
                 return plain(iterator)
             try:
                 logs = self._step(kind, observers, plain, iterator)
@@ -144,20 +147,33 @@ class Joint:
         return guard
 
     def _step(self, kind: Kind, observers: list[Observer], plain: Callable, iterator: Any) -> Any:
+        spec = iterator.element_spec
         fresh = [o for o in observers if (kind, o) in self._unprepared]
         for observer in fresh:
-            observer.prepare(iterator.element_spec)
+            observer.prepare(spec)
             self._unprepared.remove((kind, observer))
+        if kind == "train" and fresh:
+            iterator = self._checked(fresh, iterator, spec)
 
         shared = [o for o in observers if not o.isolated]
         isolated = [o for o in observers if o.isolated]
         step = self._shared(kind, shared, plain) if shared else plain
         if isolated:
-            step = self._after_a_look(kind, isolated, step, iterator.element_spec, fresh)
-        logs = step(iterator)
-        for observer in fresh:
-            observer.checked(kind)
-        return logs
+            step = self._after_a_look(kind, isolated, step, spec)
+        return step(iterator)
+
+    def _checked(self, observers: list[Observer], iterator: Iterator, spec: Any) -> Iterator:
+        """Shows observers the batches of the first step, and returns an iterator of the same.
+
+        The host's function takes nothing but an iterator of the data's spec, or compiles anew.
+        """
+        if not all(isinstance(part, tf.TensorSpec) for part in tf.nest.flatten(spec)):
+            return iterator  # sparse or ragged: the end of the epoch will tell
+        batches = list(itertools.islice(iterator, self.host.steps_per_execution))
+        for observer in observers:
+            for data in batches:
+                observer.check(data)
+        return iter(tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec))
 
     def _shared(self, kind: Kind, observers: list[Observer], plain: Callable) -> Callable:
         """The host's function, compiled anew with the observers inside of its step."""
@@ -167,7 +183,7 @@ class Joint:
             with record_calls(self.host, _layers(observers)) as recording:
                 outputs = host_step(data)
             for observer in observers:
-                observer.observe(kind, recording.tensors, data)
+                observer.observe(kind, recording, data)
             return outputs
 
         def make() -> Callable:
@@ -180,17 +196,11 @@ class Joint:
         return self._cached((kind, "shared", *map(id, observers)), plain, make)
 
     def _after_a_look(
-        self,
-        kind: Kind,
-        observers: list[Observer],
-        step: Callable,
-        spec: Any,
-        fresh: list[Observer],
+        self, kind: Kind, observers: list[Observer], step: Callable, spec: Any
     ) -> Callable:
         """A function of an iterator: for each batch the observers' forward pass, then `step`.
 
-        The two are compiled apart, so that neither changes how the other is. Observers in `fresh`
-        are checked, and taken off it, after their first look, before the host's step.
+        The two are compiled apart, so that neither changes how the other is.
         """
 
         def look(data: Any) -> None:
@@ -198,14 +208,18 @@ class Joint:
             with record_calls(self.host, _layers(observers)) as recording, keras.StatelessScope():
                 call_at_inference(self.host, x)
             for observer in observers:
-                observer.observe(kind, recording.tensors, data)
+                observer.observe(kind, recording, data)
+
+        def on_batch(data: Any) -> Any:
+            # A host's own `train_function` may be traced twice, and each time ask for the batch.
+            once = self.host.steps_per_execution > 1
+            return step(iter([data]) if once else itertools.repeat(data))
 
         def make() -> tuple[Callable, Callable]:
-            on_batch = self._compiled(lambda data: step(iter([data])), spec)
-            return self._compiled(look, spec), on_batch
+            return self._compiled(look, spec), self._compiled(on_batch, spec)
 
         key = (kind, "isolated", str(spec), *map(id, observers))
-        compiled_look, on_batch = self._cached(key, step, make)
+        compiled_look, compiled_step = self._cached(key, step, make)
 
         def in_turn(iterator: Iterator) -> Any:
             logs = None
@@ -217,10 +231,7 @@ class Joint:
                         break
                     raise
                 compiled_look(data)
-                for observer in [o for o in fresh if o.isolated]:
-                    observer.checked(kind)
-                    fresh.remove(observer)
-                logs = on_batch(data)
+                logs = compiled_step(data)
             return logs
 
         return in_turn
@@ -253,8 +264,12 @@ class Joint:
                 return result
             self._last = (None, "train", [])
             added: dict[str, float] = {}
-            for observer in observers:
-                added.update(observer.logs(kind))
+            try:
+                for observer in observers:
+                    added.update(observer.logs(kind))
+            except BaseException:
+                self._remove()
+                raise
             self.keys |= added.keys()
             return {**result, **added}
 
@@ -280,6 +295,11 @@ class Joint:
         if Joint.at(self.host) is self:
             del vars(self.host)[_EPOCH_LOGS]
 
+    def _running(self) -> bool:
+        """Whether a `fit` or `evaluate` that observers are attached to is still going on."""
+        runs = [run for run in self._runs.values() if run is not None]
+        return any(frame.f_locals.get("callbacks") in runs for frame in _callers())
+
     def _remove(self) -> None:
         for kind in ("train", "test"):
             self._attached[kind].clear()
@@ -288,8 +308,8 @@ class Joint:
 
 
 def _layers(observers: Iterable[Observer]) -> list[keras.Operation]:
-    """Each layer that some observer wants to see, once."""
-    return list(dict.fromkeys(site.layer for o in observers for site in o.sites()))
+    """Each layer that some observer wants to listen to, once."""
+    return list(dict.fromkeys(layer for observer in observers for layer in observer.layers()))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ Functional, Sequential, nested and subclassed.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -20,6 +20,9 @@ from keras_probes.taps.record import Recording, Site, operations_of, record_call
 
 # Operations that read how large a tensor is, not what it holds: no path of data.
 _SHAPE_OPS = frozenset({"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"})
+# The host is traced with this many examples, which tells its batch dimension from any other: no
+# layer is likely to be as wide, and a host may split its batch by every number up to 12.
+_BATCH = 27720
 # Operations whose output holds the values of their first input, moved, padded or retyped.
 _SAME_VALUE_OPS = frozenset(
     {"Cast", "ExpandDims", "Identity", "MirrorPad", "Pad", "PadV2", "PreventGradient"}
@@ -64,12 +67,14 @@ class HostGraph:
             them X -> Y -> Z is a Markov chain, which is what orders them (paper, section 3.1).
         distinct: Names of the input and the layer outputs, one for each tensor: a nested model's
             output is that of its last layer.
+        calls: How often each layer is called.
         outputs: The structure that calling the host returns, of `tf.TensorSpec`.
     """
 
     taps: tuple[Tap, ...]
     auto: frozenset[str]
     distinct: frozenset[str]
+    calls: Mapping[keras.Operation, int]
     outputs: Any
 
 
@@ -79,7 +84,9 @@ def input_spec_of(host: keras.Model) -> Any:
     if not inputs:
         return None
     structure = host.inputs[0] if isinstance(host, keras.Sequential) else host.input
-    return keras.tree.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), structure)
+    return keras.tree.map_structure(
+        lambda t: (tf.SparseTensorSpec if t.sparse else tf.TensorSpec)(t.shape, t.dtype), structure
+    )
 
 
 def trace(host: keras.Model, input_spec: Any) -> HostGraph:
@@ -92,12 +99,12 @@ def trace(host: keras.Model, input_spec: Any) -> HostGraph:
     Returns:
         The `HostGraph`.
     """
-    fixed_batch = any(i.shape[0] is not None for i in getattr(host, "inputs", None) or ())
+    fixed = [i.shape[0] for i in getattr(host, "inputs", None) or () if i.shape[0] is not None]
 
-    def free_batch(spec: Any) -> Any:
-        if fixed_batch or not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
+    def sized(spec: Any, batch: int | None) -> Any:
+        if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
             return spec
-        return tf.TensorSpec((None, *spec.shape[1:]), spec.dtype)
+        return tf.TensorSpec((batch, *spec.shape[1:]), spec.dtype)
 
     recording = Recording()
     outputs: Any = None
@@ -109,9 +116,15 @@ def trace(host: keras.Model, input_spec: Any) -> HostGraph:
             outputs = call_at_inference(host, inputs)
         return outputs
 
-    function = tf.function(forward, autograph=False)
-    graph = function.get_concrete_function(keras.tree.map_structure(free_batch, input_spec)).graph
-    return _read(graph, recording, outputs)
+    def traced(batch: int | None) -> tf.Graph:
+        spec = keras.tree.map_structure(lambda s: sized(s, batch), input_spec)
+        return tf.function(forward, autograph=False).get_concrete_function(spec).graph
+
+    if not host.built:
+        traced(None)  # builds it, for any batch size
+    batch = fixed[0] if fixed else _BATCH
+    graph = traced(batch)
+    return _read(graph, recording, outputs, batch, free=not fixed)
 
 
 def call_at_inference(host: keras.Model, inputs: Any) -> Any:
@@ -121,18 +134,22 @@ def call_at_inference(host: keras.Model, inputs: Any) -> Any:
     return host(inputs)
 
 
-def _read(graph: tf.Graph, recording: Recording, outputs: Any) -> HostGraph:
-    inputs = [t for site, t in recording.tensors.items() if site.role == "input"]
-    batch = inputs[0].shape[:1].as_list() if inputs[0].shape.rank else None
-    depths = _depths(graph, inputs, recording.tensors.values())
+def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free: bool) -> HostGraph:
+    masks = {id(getattr(t, "_keras_mask", None)) for t in recording.tensors.values()}
+    flow = _Flow(graph, recording.sources, masks)
+    depths = flow.depths(recording.tensors.values())
+    dense = any(site.role == "input" for site in recording.tensors)
+    # A sparse or ragged input has no static number of rows.
+    rows: set[int | None] = {batch} if dense else {batch, None}
     seen = {
         site: tensor
         for site, tensor in recording.tensors.items()
-        if id(tensor) in depths and _is_per_example(tensor, batch)
+        if id(tensor) in depths and _is_per_example(tensor, rows)
     }
-    taps = tuple(_taps(seen, recording.paths, depths))
+    free_sizes: set[int | None] = rows if free else {None}
+    taps = tuple(_taps(seen, recording.paths, depths, free_sizes))
     output_tensors = [t for t in keras.tree.flatten(outputs) if isinstance(t, tf.Tensor)]
-    cuts = {cut for output in output_tensors for cut in _cut_points(graph, inputs, output)}
+    cuts = {cut for output in output_tensors for cut in flow.cut_points(output)}
 
     auto, distinct = set(), set()
     roots: set[int] = set()
@@ -148,72 +165,90 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any) -> HostGraph:
             roots.add(_root(tensor))
             auto.add(tap.name)
     specs = keras.tree.map_structure(
-        lambda t: tf.TensorSpec(t.shape, t.dtype) if isinstance(t, tf.Tensor) else t, outputs
+        lambda t: tf.TensorSpec(_shape(t, free_sizes), t.dtype) if isinstance(t, tf.Tensor) else t,
+        outputs,
     )
-    return HostGraph(taps, frozenset(auto), frozenset(distinct), specs)
+    return HostGraph(taps, frozenset(auto), frozenset(distinct), recording.calls, specs)
 
 
-def _is_per_example(tensor: tf.Tensor, batch: list[int | None] | None) -> bool:
+def _is_per_example(tensor: tf.Tensor, rows: set[int | None]) -> bool:
     """Whether `tensor` is numeric and has a row for each example."""
     numeric = tensor.dtype.is_floating or tensor.dtype.is_integer
     if tensor.shape.rank is None:
         return numeric
-    return numeric and tensor.shape.rank > 0 and tensor.shape[:1].as_list() == batch
+    return numeric and tensor.shape.rank > 0 and tensor.shape[0] in rows
 
 
-def _data_inputs(operation: tf.Operation) -> Iterator[tf.Tensor]:
-    """The tensors whose values an operation's output depends on, shapes and masks apart."""
-    if operation.type not in _SHAPE_OPS:
-        yield from (t for t in operation.inputs if t.dtype != tf.bool)
+def _shape(tensor: tf.Tensor, free: set[int | None]) -> tuple[int | None, ...] | None:
+    """Static shape, with `None` for a batch dimension of one of the `free` sizes."""
+    if tensor.shape.rank is None:
+        return None
+    sizes = tuple(tensor.shape.as_list())
+    return (None, *sizes[1:]) if sizes and sizes[0] in free else sizes
 
 
-def _depths(
-    graph: tf.Graph, inputs: Iterable[tf.Tensor], recorded: Iterable[tf.Tensor]
-) -> dict[int, int]:
-    """Longest path from an input, counted in recorded tensors, for each tensor that has one."""
-    is_recorded = {id(t) for t in recorded}
-    depths = {id(t): 0 for t in inputs}
-    for operation in graph.get_operations():  # in topological order
-        above = [depths[id(t)] for t in _data_inputs(operation) if id(t) in depths]
-        if above:
-            for tensor in operation.outputs:
-                depths.setdefault(id(tensor), max(above) + (id(tensor) in is_recorded))
-    return depths
+class _Flow:
+    """The flow of data through a traced graph, from the host's input on.
 
-
-def _cut_points(graph: tf.Graph, inputs: list[tf.Tensor], output: tf.Tensor) -> set[int]:
-    """The tensors that every path of data from `inputs` to `output` runs through.
-
-    Tensors on such a path are laid out in topological order. One of them is a cut exactly where no
-    edge jumps over its position: a path that jumps u -> w over v reaches the output without v, and
-    a path that avoids v has to jump over it somewhere.
+    Args:
+        graph: The graph.
+        sources: Tensors of the host's input.
+        masks: Ids of tensors that are masks: what to leave out, not what there is.
     """
-    operations = graph.get_operations()
-    needed = {id(output)}
-    for operation in reversed(operations):
-        if any(id(t) in needed for t in operation.outputs):
-            needed.update(id(t) for t in _data_inputs(operation))
 
-    positions = {id(t): position for position, t in enumerate(inputs) if id(t) in needed}
-    edges = [(-1, position) for position in positions.values()]
-    for operation in operations:
-        above = [positions[id(t)] for t in _data_inputs(operation) if id(t) in positions]
-        for tensor in operation.outputs if above else ():
-            if id(tensor) in needed and id(tensor) not in positions:
-                positions[id(tensor)] = len(positions) + len(inputs)
-                edges += [(start, positions[id(tensor)]) for start in above]
+    def __init__(self, graph: tf.Graph, sources: list[tf.Tensor], masks: set[int]):
+        self._operations = graph.get_operations()  # in topological order
+        self._sources = sources
+        self._masks = masks
 
-    jumps: dict[int, int] = defaultdict(int)  # change in the number of edges overhead
-    for start, end in edges:
-        jumps[start + 1] += 1
-        jumps[end] -= 1
-    cuts, overhead, last = set(), 0, -1
-    for tensor_id, position in sorted(positions.items(), key=lambda item: item[1]):
-        overhead += sum(jumps[p] for p in range(last + 1, position + 1))
-        last = position
-        if overhead == 0:
-            cuts.add(tensor_id)
-    return cuts
+    def _above(self, operation: tf.Operation) -> Iterator[tf.Tensor]:
+        """The tensors whose values an operation's output depends on, shapes and masks apart."""
+        if operation.type not in _SHAPE_OPS:
+            yield from (t for t in operation.inputs if id(t) not in self._masks)
+
+    def depths(self, recorded: Iterable[tf.Tensor]) -> dict[int, int]:
+        """Longest path from an input, counted in recorded tensors, for each tensor that has one."""
+        is_recorded = {id(t) for t in recorded}
+        depths = {id(t): 0 for t in self._sources}
+        for operation in self._operations:
+            above = [depths[id(t)] for t in self._above(operation) if id(t) in depths]
+            if above:
+                for tensor in operation.outputs:
+                    depths.setdefault(id(tensor), max(above) + (id(tensor) in is_recorded))
+        return depths
+
+    def cut_points(self, output: tf.Tensor) -> set[int]:
+        """The tensors that every path of data from the sources to `output` runs through.
+
+        Tensors on such a path are laid out in topological order. One of them is a cut exactly where
+        no edge jumps over its position: a path that jumps u -> w over v reaches the output without
+        v, and a path that avoids v has to jump over it somewhere.
+        """
+        needed = {id(output)}
+        for operation in reversed(self._operations):
+            if any(id(t) in needed for t in operation.outputs):
+                needed.update(id(t) for t in self._above(operation))
+
+        positions = {id(t): place for place, t in enumerate(self._sources) if id(t) in needed}
+        edges = [(-1, position) for position in positions.values()]
+        for operation in self._operations:
+            above = [positions[id(t)] for t in self._above(operation) if id(t) in positions]
+            for tensor in operation.outputs if above else ():
+                if id(tensor) in needed and id(tensor) not in positions:
+                    positions[id(tensor)] = len(positions) + len(self._sources)
+                    edges += [(start, positions[id(tensor)]) for start in above]
+
+        jumps: dict[int, int] = defaultdict(int)  # change in the number of edges overhead
+        for start, end in edges:
+            jumps[start + 1] += 1
+            jumps[end] -= 1
+        cuts, overhead, last = set(), 0, -1
+        for tensor_id, position in sorted(positions.items(), key=lambda item: item[1]):
+            overhead += sum(jumps[p] for p in range(last + 1, position + 1))
+            last = position
+            if overhead == 0:
+                cuts.add(tensor_id)
+        return cuts
 
 
 def _root(tensor: tf.Tensor) -> int:
@@ -224,19 +259,22 @@ def _root(tensor: tf.Tensor) -> int:
 
 
 def _taps(
-    tensors: dict[Site, tf.Tensor], paths: dict[Site, str], depths: dict[int, int]
+    tensors: dict[Site, tf.Tensor],
+    paths: dict[Site, str],
+    depths: dict[int, int],
+    free_sizes: set[int | None],
 ) -> Iterator[Tap]:
     """Names the recorded tensors: `#k` for repeated calls of a path, `[j]` for several outputs."""
-    calls: dict[tuple[str, str], list[tuple[keras.Operation, int]]] = defaultdict(list)
+    calls: dict[tuple[str, bool], list[tuple[keras.Operation, int]]] = defaultdict(list)
     indices: dict[tuple[keras.Operation, str, int], set[int]] = defaultdict(set)
     for site in tensors:
-        call = (site.layer, site.call)
-        if call not in calls[paths[site], site.role]:
-            calls[paths[site], site.role].append(call)
+        call, before = (site.layer, site.call), site.role == "preactivation"
+        if call not in calls[paths[site], before]:
+            calls[paths[site], before].append(call)
         indices[site.layer, site.role, site.call].add(site.index)
 
     for site, tensor in tensors.items():
-        same_path = calls[paths[site], site.role]
+        same_path = calls[paths[site], site.role == "preactivation"]
         several = len(indices[site.layer, site.role, site.call]) > 1 or site.index > 0
         suffix = ":preactivation" if site.role == "preactivation" else ""
         which_call = f"#{same_path.index((site.layer, site.call))}" if len(same_path) > 1 else ""
@@ -245,7 +283,7 @@ def _taps(
             name=paths[site] + which_call + which_output + suffix,
             base_name=paths[site] + suffix,
             site=site,
-            shape=None if tensor.shape.rank is None else tuple(tensor.shape.as_list()),
+            shape=_shape(tensor, free_sizes),
             dtype=tensor.dtype.name,
             depth=depths[id(tensor)],
         )

@@ -6,14 +6,14 @@ are recorded while the host runs into features. Online and offline probes share 
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_probes.taps.graph import HostGraph, Tap, trace
-from keras_probes.taps.record import Site
+from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce, StopGradient, reduction_for
 from keras_probes.taps.select import Selector, glob_match, nearest, select
 
@@ -44,10 +44,12 @@ class TapPlan:
     """The taps of one host, in graph order.
 
     Attributes:
+        host: The model.
         graph: What the host computes.
         taps: The chosen taps, each with its reduction.
     """
 
+    host: keras.Model
     graph: HostGraph
     taps: tuple[ReducedTap, ...]
 
@@ -56,26 +58,36 @@ class TapPlan:
         """Number of features by tap name."""
         return {t.tap.name: t.n_features for t in self.taps}
 
-    def sites(self) -> Iterable[Site]:
-        """Where the taps' tensors are to be recorded."""
-        return [t.tap.site for t in self.taps]
+    def layers(self) -> list[keras.Operation]:
+        """The layers to listen to while the host runs, and the host itself."""
+        return [self.host, *(t.tap.site.layer for t in self.taps)]
 
-    def features(self, tensors: Mapping[Site, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def features(self, recording: Recording) -> dict[str, tf.Tensor]:
         """Returns the features of each tap, float32, shape (batch, n_features).
 
         Args:
-            tensors: What was recorded while the host ran.
+            recording: What was recorded while the host ran.
 
         Raises:
-            ValueError: The host did not compute one of the taps.
+            ValueError: The host did not compute one of the taps, or called its layer more or less
+                often than at inference, so that it can't be told which call is meant.
         """
         for reduced in self.taps:
-            if reduced.tap.site not in tensors:
+            tap = reduced.tap
+            if tap.site not in recording.tensors:
                 raise ValueError(
-                    f"This step of the model does not compute tap {reduced.tap.name!r}, which its "
-                    "`call` at inference does. Leave it out of `layers`."
+                    f"This step of the model does not compute tap {tap.name!r}, which its `call` "
+                    "at inference does. Leave it out of `layers`."
                 )
-        return {t.tap.name: t.features(tensors[t.tap.site]) for t in self.taps}
+            called = recording.calls[tap.site.layer]
+            expected = self.graph.calls[tap.site.layer] * recording.calls[self.host]
+            if recording.calls[self.host] and called != expected:
+                raise ValueError(
+                    f"The layer of tap {tap.name!r} is called {called} times in this step and "
+                    f"{expected} times at inference, so that it can't be told which call to probe. "
+                    'Use mode="isolated", or leave it out of `layers`.'
+                )
+        return {t.tap.name: t.features(recording.tensors[t.tap.site]) for t in self.taps}
 
     def inputs(self) -> dict[str, keras.KerasTensor]:
         """Returns a Keras input for the host's tensor at each tap, by tap name."""
@@ -116,8 +128,13 @@ def make_plan(
         stop_gradient = StopGradient(name=_layer_name("stop_gradient", place, tap))
         n_features = reduction.compute_output_shape(tap.shape)[1]
         reduction.build(tap.shape)
+        if reduction.trainable_weights:
+            raise ValueError(
+                f"Expected a reduction without trainable weights, since nothing would train them. "
+                f"Received: {type(reduction).__name__} for tap {tap.name!r}."
+            )
         reduced.append(ReducedTap(tap, stop_gradient, reduction, n_features))
-    return TapPlan(graph, tuple(reduced))
+    return TapPlan(host, graph, tuple(reduced))
 
 
 def _check_globs(taps: list[Tap], reduce: Reduce) -> None:

@@ -45,10 +45,14 @@ class Recording:
         tensors: The tensor at each site.
         paths: The names of the layers being called around each site and its own, joined by `/`;
             the host's own name is left out.
+        sources: The host's input, a sparse or ragged one by its parts.
+        calls: How often each layer was called within the host's own call, and the host itself.
     """
 
     tensors: dict[Site, tf.Tensor] = dataclasses.field(default_factory=dict)
     paths: dict[Site, str] = dataclasses.field(default_factory=dict)
+    sources: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    calls: Counter[keras.Operation] = dataclasses.field(default_factory=Counter)
 
 
 def operations_of(host: keras.Model) -> list[keras.Operation]:
@@ -106,22 +110,40 @@ class _Recorder:
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         self._calls: Counter[keras.Operation] = Counter()
         self._stack: list[keras.Operation] = []
+        self._in_host = False
 
     def around_call(self, layer: keras.Operation, original: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             if layer is self._host:
                 inputs = args[0] if args else next(iter(kwargs.values()))
-                self._add(layer, "input", inputs)
-                return original(*args, **kwargs)
+                return self._call_host(_in_order(layer, inputs), lambda: original(*args, **kwargs))
             self._stack.append(layer)
             try:
                 outputs = original(*args, **kwargs)
-                self._calls[layer] += self._add(layer, "output", outputs)
+                usable = self._add(layer, "output", outputs)
+                self._calls[layer] += usable
+                # What is recomputed for the gradient is called after the host's call.
+                self.recording.calls[layer] += usable and self._in_host
             finally:
                 self._stack.pop()
             return outputs
 
         return call
+
+    def _call_host(self, inputs: list, call: Callable[[], Any]) -> Any:
+        parts = tf.nest.flatten(inputs, expand_composites=True)
+        parts = [part for part in parts if isinstance(part, tf.Tensor) and self._usable(part)]
+        if self._in_host or not parts:
+            return call()
+        self._add(self._host, "input", inputs)
+        self._calls[self._host] += 1
+        self.recording.calls[self._host] += 1
+        self.recording.sources = self.recording.sources or parts
+        self._in_host = True
+        try:
+            return call()
+        finally:
+            self._in_host = False
 
     def around_activation(self, layer: keras.Operation, original: Callable) -> Callable:
         def activation(inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,3 +169,18 @@ class _Recorder:
 
     def _usable(self, tensor: tf.Tensor) -> bool:
         return self._graph is None or getattr(tensor, "graph", None) is self._graph
+
+
+def _in_order(host: keras.Model, inputs: Any) -> list:
+    """The tensors of a host's input in the order of its own inputs.
+
+    A dict is matched by name, as a Functional model does: its keys may come in another order than
+    the model's inputs, and there may be more of them.
+    """
+    own = getattr(host, "inputs", None)
+    if isinstance(inputs, dict) and own:
+        structure = host.input
+        names = sorted(structure) if isinstance(structure, dict) else [t.name for t in own]
+        if all(name in inputs for name in names):
+            return [inputs[name] for name in names]
+    return keras.tree.flatten(inputs)

@@ -80,15 +80,23 @@ def _matches(graph: HostGraph, selector: Selector) -> set[str]:
 
     if isinstance(selector, type):
         picked = {t.name for t in _outputs(graph) if isinstance(t.site.layer, selector)}
+        if issubclass(selector, keras.layers.InputLayer):
+            picked = _inputs(graph, None)
         what = f"no layer of the model is a {selector.__name__}"
     elif isinstance(selector, keras.Operation):
         picked = {t.name for t in _outputs(graph) if t.site.layer is selector}
+        if isinstance(selector, keras.layers.InputLayer):
+            picked = _inputs(graph, selector)
         what = (
             f"the layer {selector.name!r} is not called by this model (a layer of a clone or of "
             "another model is another object)"
         )
     elif callable(selector):
-        picked = {t.name for t in _outputs(graph) if selector(t.site.layer)}
+        picked = {
+            t.name
+            for t in _outputs(graph)
+            if isinstance(t.site.layer, keras.layers.Layer) and selector(t.site.layer)
+        }
         what = "the predicate is false for every layer of the model"
     else:
         raise TypeError(f"Expected `layers` to be {_FORMS}. Received: {selector!r}.")
@@ -105,8 +113,23 @@ def _outputs(graph: HostGraph) -> list[Tap]:
     return [tap for tap in graph.taps if tap.site.role == "output"]
 
 
+def _inputs(graph: HostGraph, of: keras.layers.InputLayer | None) -> set[str]:
+    """Names of the input taps: all, or that of one `InputLayer`."""
+    return {
+        tap.name
+        for tap in graph.taps
+        if tap.site.role == "input"
+        and (of is None or tap.site.layer.inputs[tap.site.index]._keras_history.operation is of)
+    }
+
+
 def _named(graph: HostGraph, name: str) -> set[str]:
     if name == "auto":
+        if not graph.auto:
+            raise ValueError(
+                'layers="auto" finds no layer that every path through the model runs through. Name '
+                f"the layers to probe. {nearest(name, [t.name for t in graph.taps])}"
+            )
         return set(graph.auto)
     if name == "all":
         return set(graph.distinct)

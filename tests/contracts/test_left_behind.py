@@ -6,6 +6,7 @@ import pickle
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hosts import compiled, dense_net, fingerprint
 
 from keras_probes import LinearProbeCallback
@@ -111,6 +112,36 @@ def test_an_error_within_the_step_takes_everything_off_at_once(digits, mode):
     after = state_of(host)
     for layer, attributes in before.items():
         assert after[layer].keys() - {"train_function"} == attributes.keys() - {"train_function"}
+
+
+def test_the_first_plain_step_takes_off_what_an_exception_left(digits, mode):
+    host = compiled(dense_net())
+    fit(host, digits)
+    before = state_of(host)
+    with pytest.raises(RuntimeError):
+        fit(
+            host,
+            digits,
+            LinearProbeCallback("dense", mode=mode),
+            Stop("on_epoch_end", RuntimeError()),
+        )
+    fit(host, digits)
+    assert state_of(host) == before
+
+
+def test_a_hosts_own_train_function(digits, mode):
+    class Own(keras.Sequential):
+        def make_train_function(self, force=False):
+            if self.train_function is None or force:
+                self.train_function = tf.function(lambda iterator: self.train_step(next(iterator)))
+            return self.train_function
+
+    def run(callbacks):
+        host = compiled(Own(dense_net().layers))
+        fit(host, digits, *callbacks, epochs=2)
+        return int(host.optimizer.iterations), fingerprint(host)
+
+    assert run([LinearProbeCallback("dense", mode=mode)]) == run([]) == (8, run([])[1])
 
 
 def test_probes_work_after_an_interrupted_fit(digits, mode):

@@ -258,3 +258,18 @@ def test_a_learning_rate_schedule_survives_the_copy():
     schedule = keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.5)
     mine = own_optimizer(keras.optimizers.SGD(schedule))
     assert float(mine.learning_rate) == 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["foo", 3, keras.optimizers.Adam])
+def test_what_is_no_optimizer(optimizer):
+    with pytest.raises(ValueError, match="optimizer"):
+        own_optimizer(optimizer)
+
+
+def test_a_feature_that_hardly_varied_is_not_blown_up():
+    layer = Standardize(n_taps=1, n_features=2)
+    x = np.stack([RNG.normal(size=64), np.zeros(64)], axis=1).astype("float32")
+    x[0, 1] = 1e-3
+    layer.update([tf.constant(x)], tf.ones((1, 64)))
+    z = np.asarray(layer([tf.constant([[0.0, 1.0]])]))[0, 0]
+    assert abs(z[1]) < 20

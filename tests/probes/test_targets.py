@@ -41,6 +41,10 @@ def test_a_key_or_index_finds_its_output():
     assert resolve(0, y=pair[0], outputs=pair[1])[0].num_classes == 3
 
 
+def test_numpy_integers_are_integers():
+    assert resolve(num_classes=np.int64(5))[0].num_classes == 5
+
+
 def test_several_targets_at_once():
     targets = resolve(
         {"digit": None, "even": lambda x, y: 1 - y % 2, "hot": lambda x, y: tf.one_hot(y, 5)},
@@ -107,7 +111,7 @@ def test_sample_weights_of_a_wrong_shape():
         ({"y": SPEC((None, 5, 4), "int32")}, ValueError, ["(None, 5, 4)", "(batch,)"]),
         ({"y": SPEC((None, 3), "float32"), "num_classes": 5}, ValueError, ["(batch, 5)"]),
         ({"num_classes": 1}, ValueError, ["at least 2 classes", "1"]),
-        ({"num_classes": 2.0}, ValueError, ["at least 2 classes", "2.0"]),
+        ({"num_classes": 2.0}, ValueError, ["integer", "2.0"]),
         ({"y": {"a": SPARSE}}, ValueError, ["dict with the keys 'a'", "target="]),
         ({"y": (SPARSE, SPARSE)}, ValueError, ["tuple of 2", "target=0"]),
         ({"y": {"a": SPARSE}, "target": "b"}, ValueError, ["'b'", "keys 'a'"]),
@@ -116,7 +120,12 @@ def test_sample_weights_of_a_wrong_shape():
         ({"target": {}}, ValueError, ["names of targets"]),
         ({"target": {"": None}}, ValueError, ["names of targets"]),
         ({"outputs": SPEC((None, 5, 5, 3), "float32")}, ValueError, ["can't be inferred"]),
-        ({"target": {"z": lambda x, y: y}, "num_classes": {"q": 3}}, ValueError, ["target 'z'"]),
+        ({"target": {"z": lambda x, y: y}, "num_classes": {"q": 3}}, ValueError, ["'z'", "'q'"]),
+        ({"num_classes": {"typo": 3}}, ValueError, ["names of targets", "'typo'"]),
+        ({"target": lambda x, y: 1 / 0}, ValueError, ["target= fails", "ZeroDivisionError"]),
+        ({"target": lambda x: x}, ValueError, ["target= fails", "TensorFlow or keras.ops"]),
+        ({"target": lambda x, y: (y, y)}, ValueError, ["one array of labels", "tuple"]),
+        ({"target": lambda x, y: tf.as_string(y)}, ValueError, ["to be numbers", "string"]),
     ],
 )
 def test_errors_say_what_to_do(options, error, parts):

@@ -179,6 +179,45 @@ def test_masks_are_no_way_around_a_layer():
     assert names(graph, graph.auto) == ["input", "embed", "gru", "out"]
 
 
+def test_a_boolean_that_is_data_is_a_way():
+    inputs = keras.Input((4,))
+    binary = layers.Lambda(lambda t: tf.cast(t > 0, tf.float32), name="binary")(inputs)
+    hidden = layers.Dense(5, name="hidden")(binary)
+    graph = graph_of(keras.Model(inputs, layers.Dense(3, name="out")(hidden)))
+    assert names(graph, graph.auto) == ["input", "binary", "hidden", "out"]
+
+
+def test_a_layer_named_input_is_told_from_the_input():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(3, name="out")(layers.Dense(5, name="input")(inputs)))
+    assert names(graph_of(model), graph_of(model).auto) == ["input#0", "input#1", "out"]
+
+
+def test_rows_that_are_no_examples_are_no_taps():
+    inputs = keras.Input((4,))
+    folded = layers.Lambda(lambda t: tf.reshape(t, (-1, 2)), name="fold")(inputs)
+    folded = layers.Dense(6, name="inside")(folded)
+    unfolded = layers.Lambda(lambda t: tf.reshape(t, (-1, 12)), name="unfold")(folded)
+    graph = graph_of(keras.Model(inputs, layers.Dense(3, name="out")(unfolded)))
+    assert names(graph) == ["input", "unfold", "out:preactivation", "out"]
+    assert {tap.shape[0] for tap in graph.taps} == {None}
+
+
+def test_a_host_may_split_its_batch():
+    inputs = keras.Input((4,))
+    halves = layers.Lambda(lambda t: tf.concat(tf.split(t, 2), axis=0), name="halves")(inputs)
+    graph = graph_of(keras.Model(inputs, layers.Dense(3, name="out")(halves)))
+    assert "halves" in names(graph)
+
+
+def test_sparse_inputs():
+    inputs = keras.Input((4,), sparse=True)
+    model = keras.Model(inputs, layers.Dense(3, name="out")(layers.Dense(5, name="hidden")(inputs)))
+    graph = graph_of(model)
+    assert "hidden" in names(graph)
+    assert "input" not in names(graph)
+
+
 @pytest.mark.parametrize("batch", [None, 4])
 def test_the_batch_is_free_unless_the_host_fixes_it(batch):
     inputs = keras.Input(batch_shape=(batch, 3))

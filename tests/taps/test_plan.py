@@ -1,5 +1,6 @@
 """A plan: taps with their reductions, from the user's words to features."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -8,7 +9,7 @@ from hosts import activations, convnet
 from keras_probes import GlobalAverage, RandomFeatures
 from keras_probes.taps.graph import call_at_inference, input_spec_of
 from keras_probes.taps.plan import make_plan
-from keras_probes.taps.record import record_calls
+from keras_probes.taps.record import Recording, record_calls
 
 
 def plan_of(model, layers="auto", reduce="auto", seed=0):
@@ -19,10 +20,9 @@ def test_features_of_a_pass(digits):
     model, x = convnet(), digits[1][0]
     plan = plan_of(model, ["conv", "pool"], {"conv": RandomFeatures(20), "pool": "gap"})
     assert plan.n_features == {"conv": 20, "pool": 6}
-    sites = {site.layer for site in plan.sites()}
-    with record_calls(model, sites) as recording:
+    with record_calls(model, plan.layers()) as recording:
         call_at_inference(model, tf.constant(x))
-    features = plan.features(recording.tensors)
+    features = plan.features(recording)
     kept = np.asarray(plan.taps[0].reduction.indices)
     conv = activations(model, "conv", x).reshape(len(x), -1)
     np.testing.assert_allclose(features["conv"], conv[:, kept], rtol=1e-5, atol=1e-6)
@@ -49,9 +49,25 @@ def test_the_same_seed_makes_the_same_plan():
 def test_a_tap_the_step_does_not_compute():
     plan = plan_of(convnet(), ["conv", "pool"])
     with pytest.raises(ValueError, match=r"'conv'.*Leave it out"):
-        plan.features({})
+        plan.features(Recording())
 
 
 def test_a_glob_that_fits_no_tap():
     with pytest.raises(ValueError, match=r"'pol\*'.*'pool'"):
         plan_of(convnet(), reduce={"pol*": "gap"})
+
+
+def test_a_reduction_that_would_need_training():
+    with pytest.raises(ValueError, match=r"without trainable weights.*TrainableReduction.*'conv'"):
+        plan_of(convnet(), "conv", TrainableReduction())
+
+
+class TrainableReduction(keras.layers.Layer):
+    def build(self, input_shape):
+        self.scale = self.add_weight(())
+
+    def call(self, inputs):
+        return self.scale * keras.ops.mean(inputs, axis=(1, 2))
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], input_shape[-1])

@@ -1,5 +1,7 @@
 """Selectors, in all their forms, and what is said of those that do not fit."""
 
+import dataclasses
+
 import keras
 import pytest
 from keras import layers
@@ -66,6 +68,28 @@ def test_forms(graph, selector, expected):
 
 def test_a_layer_instance(graph, model):
     assert chosen(graph, model.get_layer("shared")) == ["shared#0", "shared#1"]
+
+
+def test_the_layers_of_a_model(graph, model):
+    assert chosen(graph, model.layers) == ["input", "shared#0", "shared#1", "outer", "out"]
+    assert chosen(graph, layers.InputLayer) == ["input"]
+
+
+def test_predicates_see_layers_alone():
+    inputs = keras.Input((4,))
+    hidden = keras.ops.relu(layers.Dense(5, name="hidden")(inputs))
+    model = keras.Model(inputs, layers.Dense(3, name="out")(hidden))
+    graph = trace(model, input_spec_of(model))
+    assert chosen(graph, lambda layer: layer.trainable) == ["hidden", "out"]
+
+
+def test_no_cut_points():
+    a, b = keras.Input((4,)), keras.Input((4,))
+    model = keras.Model([a, b], [layers.Dense(2, name="of_a")(a), layers.Dense(2, name="of_b")(b)])
+    graph = trace(model, input_spec_of(model))
+    assert chosen(graph, "auto") == ["input[0]", "input[1]", "of_a", "of_b"]
+    with pytest.raises(ValueError, match="Name the layers"):
+        select(dataclasses.replace(graph, auto=frozenset()), "auto")
 
 
 @pytest.mark.parametrize(
