@@ -177,14 +177,8 @@ class OnlineProbes:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         features = self.plan.features(recording)
         labels = {target.name: target.labels(x, y) for target in self.targets}
-        rows = tf.shape(next(iter(features.values())))[0]
         for label in labels.values():
-            tf.debugging.assert_equal(
-                rows,
-                tf.shape(label)[0],
-                "This step of the model computes another number of examples than there are labels. "
-                'Use mode="isolated", where probes have a forward pass of their own.',
-            )
+            _check_rows(next(iter(features.values())), label)
         weights = {t.name: t.weights(sample_weight, labels[t.name]) for t in self.targets}
         if kind == "train":
             self.probes.train(features, labels, weights)
@@ -211,6 +205,17 @@ class OnlineProbes:
                 'fewer features with reduce="gap" or reduce="auto" (at most 1,000 a tap), choose '
                 "fewer layers, or set memory_limit on the callback, in bytes."
             )
+
+
+def _check_rows(features: tf.Tensor, labels: tf.Tensor) -> None:
+    """A step that makes several views of its batch has more rows than labels."""
+    message = (
+        "This step of the model computes another number of examples than there are labels. Use "
+        'mode="isolated", where probes have a forward pass of their own.'
+    )
+    if not features.shape[:1].is_compatible_with(labels.shape[:1]):
+        raise ValueError(message)
+    tf.debugging.assert_equal(tf.shape(features)[0], tf.shape(labels)[0], message)
 
 
 def _check_labels(target: Target, unlabelled: int, total: int) -> None:

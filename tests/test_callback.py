@@ -414,8 +414,7 @@ def test_inputs_by_name_are_probed_in_the_models_order(digits):
     data = {"zeta": flat, "alpha": flat[:, :32], "unused": flat}
     for mode in ("shared", "isolated"):
         probes = LinearProbeCallback(["input[0]", "input[1]"], mode=mode)
-        with pytest.warns(UserWarning, match="structure of `inputs`"):
-            model.fit(data, y, callbacks=[probes], verbose=0)
+        model.fit(data, y, callbacks=[probes], verbose=0)
         assert probes.weights("input[0]")[0].shape == (64, 10)
         assert probes.weights("input[1]")[0].shape == (32, 10)
 

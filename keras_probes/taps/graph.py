@@ -135,8 +135,7 @@ def call_at_inference(host: keras.Model, inputs: Any) -> Any:
 
 
 def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free: bool) -> HostGraph:
-    masks = {id(getattr(t, "_keras_mask", None)) for t in recording.tensors.values()}
-    flow = _Flow(graph, recording.sources, masks)
+    flow = _Flow(graph, recording.sources, {id(mask) for mask in recording.masks})
     depths = flow.depths(recording.tensors.values())
     dense = any(site.role == "input" for site in recording.tensors)
     # A sparse or ragged input has no static number of rows.

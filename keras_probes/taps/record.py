@@ -46,12 +46,14 @@ class Recording:
         paths: The names of the layers being called around each site and its own, joined by `/`;
             the host's own name is left out.
         sources: The host's input, a sparse or ragged one by its parts.
+        masks: What was handed to layers as a mask.
         calls: How often each layer was called within the host's own call, and the host itself.
     """
 
     tensors: dict[Site, tf.Tensor] = dataclasses.field(default_factory=dict)
     paths: dict[Site, str] = dataclasses.field(default_factory=dict)
     sources: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    masks: list[tf.Tensor] = dataclasses.field(default_factory=list)
     calls: Counter[keras.Operation] = dataclasses.field(default_factory=Counter)
 
 
@@ -117,6 +119,8 @@ class _Recorder:
             if layer is self._host:
                 inputs = args[0] if args else next(iter(kwargs.values()))
                 return self._call_host(_in_order(layer, inputs), lambda: original(*args, **kwargs))
+            masks = [value for name, value in kwargs.items() if name.endswith("mask")]
+            self.recording.masks += keras.tree.flatten(masks)
             self._stack.append(layer)
             try:
                 outputs = original(*args, **kwargs)

@@ -1,5 +1,6 @@
 """What the documents tell a user to do works."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -53,6 +54,7 @@ def test_the_example_ends_in_the_table_and_the_files(tmp_path):
     run = subprocess.run(
         [sys.executable, ROOT / "examples" / "mnist_convnet.py", "--out", "out", "--epochs", "1"],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -107,7 +107,7 @@ def test_an_error_within_the_step_takes_everything_off_at_once(digits, mode):
         raise RuntimeError("in the target")
 
     probes = LinearProbeCallback("dense", target=fails, num_classes=2, mode=mode)
-    with pytest.raises(RuntimeError, match="in the target"):
+    with pytest.raises(ValueError, match="in the target"):
         fit(host, digits, probes)
     after = state_of(host)
     for layer, attributes in before.items():
@@ -183,8 +183,8 @@ def test_the_same_host_compiles_its_step_with_probes_once(digits, mode):
     host.evaluate(*digits[1], callbacks=[probes], batch_size=80, verbose=0)
     first = len(traced)
     fit(host, digits, probes)
-    # What is left is the look at the labels' shape before each run.
-    assert len(traced) - first <= 2
+    # What is left is the look at the labels before each run: their shape twice, and a first batch.
+    assert len(traced) - first <= 3
 
 
 def test_saving_cloning_pickling_and_copying(digits, tmp_path, mode):

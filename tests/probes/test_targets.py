@@ -125,7 +125,11 @@ def test_sample_weights_of_a_wrong_shape():
         ({"target": lambda x, y: 1 / 0}, ValueError, ["target= fails", "ZeroDivisionError"]),
         ({"target": lambda x: x}, ValueError, ["target= fails", "TensorFlow or keras.ops"]),
         ({"target": lambda x, y: (y, y)}, ValueError, ["one array of labels", "tuple"]),
-        ({"target": lambda x, y: tf.as_string(y)}, ValueError, ["to be numbers", "string"]),
+        (
+            {"target": lambda x, y: tf.as_string(y), "num_classes": 3},
+            ValueError,
+            ["to be numbers", "string"],
+        ),
     ],
 )
 def test_errors_say_what_to_do(options, error, parts):

@@ -87,7 +87,7 @@ def test_no_cut_points():
     a, b = keras.Input((4,)), keras.Input((4,))
     model = keras.Model([a, b], [layers.Dense(2, name="of_a")(a), layers.Dense(2, name="of_b")(b)])
     graph = trace(model, input_spec_of(model))
-    assert chosen(graph, "auto") == ["input[0]", "input[1]", "of_a", "of_b"]
+    assert set(chosen(graph, "auto")) == {"input[0]", "input[1]", "of_a", "of_b"}
     with pytest.raises(ValueError, match="Name the layers"):
         select(dataclasses.replace(graph, auto=frozenset()), "auto")
 
