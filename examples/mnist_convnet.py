@@ -6,6 +6,7 @@ A probe sits on each side of each convolution, activation and pooling. Without `
 
 import argparse
 import pathlib
+import warnings
 
 import keras
 import numpy as np
@@ -84,6 +85,7 @@ def main() -> None:
 
     print("Before training: probes on the layers as they were initialised")
     model.trainable = False
+    warnings.filterwarnings("ignore", "The model does not have any trainable weights")
     before = fit(model, train, test, epochs=3, log_dir=args.out / "logs" / "before")
 
     print("Training, with probes on every layer")
