@@ -120,8 +120,8 @@ def trace(host: keras.Model, input_spec: Any) -> HostGraph:
         spec = keras.tree.map_structure(lambda s: sized(s, batch), input_spec)
         return tf.function(forward, autograph=False).get_concrete_function(spec).graph
 
-    if not host.built:
-        traced(None)  # builds it, for any batch size
+    if not all(layer.built for layer in host._flatten_layers()):
+        traced(None)  # builds them, for any batch size
     batch = fixed[0] if fixed else _BATCH
     graph = traced(batch)
     return _read(graph, recording, outputs, batch, free=not fixed)

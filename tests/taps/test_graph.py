@@ -154,6 +154,18 @@ def test_a_subclassed_model_that_was_never_built():
     assert "block/inside" in names(graph)
 
 
+def test_a_built_model_with_a_part_that_is_not():
+    class Host(Subclassed):
+        def build(self, input_shape):
+            self.built = True
+
+    model = Host()
+    model.build((None, 5))
+    graph_of(model, tf.TensorSpec((None, 5), "float32"))
+    assert model.block.input_shape == (None, 6)
+    assert model(np.ones((3, 5), "float32")).shape == (3, 3)
+
+
 def test_tracing_builds_a_model_with_the_weights_it_would_have_had():
     x = np.ones((2, 5), "float32")
     keras.utils.set_random_seed(5)
