@@ -419,6 +419,32 @@ def test_inputs_by_name_are_probed_in_the_models_order(digits):
         assert probes.weights("input[1]")[0].shape == (32, 10)
 
 
+@pytest.mark.parametrize("mode", ["shared", "isolated"])
+def test_gap_honours_the_mask_of_the_host(mode):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 20, (240, 7)) * (np.arange(7) < rng.integers(1, 8, (240, 1)))
+    y = (tokens == 3).any(axis=1).astype("int64")
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            layers.Embedding(20, 6, mask_zero=True, name="embed"),
+            layers.GRU(5, name="gru"),
+            layers.Dense(2, activation="softmax", name="out"),
+        ]
+    )
+    probes = LinearProbeCallback(["embed", "gru"], reduce={"embed": "gap"}, mode=mode)
+    history = compiled(model).fit(
+        tokens, y, epochs=2, validation_data=(tokens, y), callbacks=[probes], verbose=0
+    )
+    embedded = model.get_layer("embed").embeddings.numpy()[tokens]
+    masked = embedded * (tokens > 0)[..., None]
+    W, b = probes.weights("embed")
+    logits = masked.sum(axis=1) / (tokens > 0).sum(axis=1, keepdims=True) @ W + b
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]
+    logged = history.history["val_probe_loss/embed"][-1]
+    assert logged == pytest.approx(losses.mean(), rel=1e-4)
+
+
 class Augmented(keras.Model):
     """Calls a layer once more in training, and on two views of the batch."""
 
