@@ -24,25 +24,14 @@ def probe_set(n_features, num_classes=3, optimizer=None):
     return ProbeSet(n_features, {None: num_classes}, own_optimizer(optimizer))
 
 
-def train(probes, features, labels, weights=None):
+def show(method, features, labels, weights=None):
+    """Gives one batch to `ProbeSet.train` or `ProbeSet.test`."""
     weights = np.ones(len(labels)) if weights is None else weights
-    probes.train(
+    method(
         {tap: tf.constant(x, "float32") for tap, x in features.items()},
         {None: tf.constant(labels, "int32")},
         {None: tf.constant(weights, "float32")},
     )
-
-
-def test(probes, features, labels, weights=None):
-    weights = np.ones(len(labels)) if weights is None else weights
-    probes.test(
-        {tap: tf.constant(x, "float32") for tap, x in features.items()},
-        {None: tf.constant(labels, "int32")},
-        {None: tf.constant(weights, "float32")},
-    )
-
-
-test.__test__ = False  # a helper, not a test
 
 
 def blobs(n=600, n_features=5, num_classes=3, scale=1.0):
@@ -111,12 +100,12 @@ def test_measures_against_scikit_learn():
     x, labels = blobs(n=400, num_classes=8)
     probes = probe_set({"tap": 5}, num_classes=8)
     for start in range(0, 400, 50):
-        train(probes, {"tap": x[start : start + 50]}, labels[start : start + 50])
+        show(probes.train, {"tap": x[start : start + 50]}, labels[start : start + 50])
     probes.reset_sums("test")
     weights = RNG.uniform(0, 3, 400)
     for start in range(0, 400, 150):  # a ragged end
         part = slice(start, start + 150)
-        test(probes, {"tap": x[part]}, labels[part], weights[part])
+        show(probes.test, {"tap": x[part]}, labels[part], weights[part])
     sums = probes.sums("test")[None]["tap"]
     W, b = probes.weights("tap", None)
     logits = x.astype("float64") @ W + b
@@ -132,7 +121,7 @@ def test_measures_against_scikit_learn():
 def test_an_untrained_probe_is_as_wrong_as_a_constant():
     probes = probe_set({"tap": 5}, num_classes=3)
     x, labels = blobs(90)
-    test(probes, {"tap": x}, labels)
+    show(probes.test, {"tap": x}, labels)
     sums = probes.sums("test")[None]["tap"]
     assert sums["wrong"] == (labels != 0).sum()  # argmax of equal scores is the first class
     assert sums["weighted_loss"] / sums["weight"] == pytest.approx(np.log(3), rel=1e-6)
@@ -141,7 +130,7 @@ def test_an_untrained_probe_is_as_wrong_as_a_constant():
 def test_a_batch_is_measured_before_its_update():
     probes = probe_set({"tap": 5})
     x, labels = blobs(50)
-    train(probes, {"tap": x}, labels)
+    show(probes.train, {"tap": x}, labels)
     assert probes.sums("train")[None]["tap"]["wrong"] == (labels != 0).sum()
 
 
@@ -154,9 +143,9 @@ def test_training_comes_close_to_the_optimum_whatever_the_scale(scale):
     probes = probe_set({"tap": 5})
     for _ in range(3):
         for start in range(0, 3000, 50):
-            train(probes, {"tap": x[start : start + 50]}, labels[start : start + 50])
+            show(probes.train, {"tap": x[start : start + 50]}, labels[start : start + 50])
     probes.reset_sums("test")
-    test(probes, {"tap": x_test}, labels_test)
+    show(probes.test, {"tap": x_test}, labels_test)
     sums = probes.sums("test")[None]["tap"]
     best = LogisticRegression(C=1e3).fit(x / scale - 50, labels)
     optimum = log_loss(labels_test, best.predict_proba(x_test / scale - 50))
@@ -167,7 +156,7 @@ def test_folded_weights_equal_the_layers_predictions():
     probes = probe_set({"a": 5, "b": 5, "c": 2})
     for _ in range(5):
         x, labels = blobs(64)
-        train(probes, {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3}, labels)
+        show(probes.train, {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3}, labels)
     features = {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3}
     outputs = probes.outputs({k: tf.constant(np.ascontiguousarray(v)) for k, v in features.items()})
     for tap, feature in features.items():
@@ -183,8 +172,8 @@ def test_stacked_taps_train_as_they_would_alone():
     both = probe_set({"a": 5, "b": 5})
     alone = probe_set({"b": 5})
     for _ in range(4):
-        train(both, {"a": x, "b": 2 * x + 1}, labels)
-        train(alone, {"b": 2 * x + 1}, labels)
+        show(both.train, {"a": x, "b": 2 * x + 1}, labels)
+        show(alone.train, {"b": 2 * x + 1}, labels)
     for together, single in zip(both.weights("b", None), alone.weights("b", None), strict=True):
         np.testing.assert_allclose(together, single, rtol=1e-5, atol=1e-7)
 
@@ -196,8 +185,8 @@ def test_examples_that_are_not_finite_are_left_out_of_their_tap_alone(bad):
     poisoned[10:20, 2] = bad
     clean, hit = probe_set({"a": 5, "b": 5}), probe_set({"a": 5, "b": 5})
     for _ in range(3):
-        train(clean, {"a": x, "b": x}, labels)
-        train(hit, {"a": x, "b": poisoned}, labels)
+        show(clean.train, {"a": x, "b": x}, labels)
+        show(hit.train, {"a": x, "b": poisoned}, labels)
     sums = hit.sums("train")[None]
     assert sums["b"]["nonfinite"] == 30
     assert sums["b"]["count"] == 3 * 54
@@ -211,9 +200,9 @@ def test_examples_that_are_not_finite_are_left_out_of_their_tap_alone(bad):
 def test_a_batch_with_nothing_finite_changes_nothing():
     x, labels = blobs(32)
     probes = probe_set({"a": 5}, optimizer="sgd")
-    train(probes, {"a": x}, labels)
+    show(probes.train, {"a": x}, labels)
     kernel = np.asarray(probes._groups[0].heads[None].kernel)
-    train(probes, {"a": np.full_like(x, np.nan)}, labels)
+    show(probes.train, {"a": np.full_like(x, np.nan)}, labels)
     np.testing.assert_array_equal(probes._groups[0].heads[None].kernel, kernel)
     assert probes.sums("train")[None]["a"]["count"] == 32
 
@@ -223,9 +212,9 @@ def test_examples_without_a_label_are_left_out():
     some = labels.copy()
     some[:8] = -1
     probes = probe_set({"a": 5}, optimizer=keras.optimizers.SGD(1.0))
-    train(probes, {"a": x}, some)
+    show(probes.train, {"a": x}, some)
     weighted = probe_set({"a": 5}, optimizer=keras.optimizers.SGD(1.0))
-    train(weighted, {"a": x}, labels, np.r_[np.zeros(8), np.ones(32)])
+    show(weighted.train, {"a": x}, labels, np.r_[np.zeros(8), np.ones(32)])
     for got, expected in zip(probes.weights("a", None), weighted.weights("a", None), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
     assert probes.sums("train")[None]["a"]["unlabelled"] == 8
