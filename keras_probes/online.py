@@ -6,6 +6,7 @@ the observer that `taps.capture` calls; the callback decides when.
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -164,11 +165,18 @@ class OnlineProbes:
             optimizer = own_optimizer(wanted.optimizer)
             self._probes = ProbeSet(self.plan.n_features, classes, optimizer)
 
-    def check(self, data: Any) -> None:
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+    def check(self, batches: Iterable[Any]) -> None:
+        unlabelled: Counter[Target] = Counter()
+        total: Counter[Target] = Counter()
+        for data in batches:
+            x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+            for target in self.targets:
+                if x is not None or not callable(target.select):
+                    labels = target.labels(x, y)
+                    unlabelled[target] += int(tf.math.count_nonzero(labels < 0))
+                    total[target] += len(labels)
         for target in self.targets:
-            labels = target.labels(x, y)
-            _check_labels(target, int(tf.math.count_nonzero(labels < 0)), len(labels))
+            _check_labels(target, unlabelled[target], total[target])
 
     def layers(self) -> Iterable[keras.Operation]:
         return self.plan.layers()

@@ -542,6 +542,26 @@ def test_labels_out_of_range(digits, mode):
     assert int(model.optimizer.iterations) == 0
 
 
+@pytest.mark.parametrize("mode", ["shared", "isolated"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_label_out_of_range_anywhere_in_arrays(digits, mode, split):
+    (x, y), (x_val, y_val) = digits
+    labels = {"train": {"digit": y.copy()}, "validation": {"digit": y_val.copy()}}
+    labels[split]["digit"][-1] = 10  # in the last batch, if the host were to get there
+    inputs = keras.Input((8, 8, 1))
+    model = keras.Model(inputs, {"digit": dense_net()(inputs)})
+    model.compile("sgd", {"digit": "sparse_categorical_crossentropy"})
+    weights = model.get_weights()
+    probes = LinearProbeCallback("input", target="digit", mode=mode)
+    with pytest.raises(ValueError, match="integers from 0 to 9") as raised:
+        model.fit(x, labels["train"], batch_size=32, shuffle=False, callbacks=[probes], verbose=0,
+                  validation_data=(x_val, labels["validation"]))  # fmt: skip
+    assert f"1 of {len(labels[split]['digit'])}" in str(raised.value)
+    assert int(model.optimizer.iterations) == 0
+    for before, after in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
 def test_too_much_memory_says_how_much_and_what_helps(digits):
     probes, model = LinearProbeCallback(reduce="flatten"), compiled(convnet())
     probes.summary(model)

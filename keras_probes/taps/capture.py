@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_probes.taps.graph import call_at_inference
@@ -42,8 +43,12 @@ class Observer(Protocol):
     def prepare(self, data_spec: Any) -> None:
         """Gets ready for batches of this spec; called before the first step of a fit."""
 
-    def check(self, data: Any) -> None:
-        """Looks at the first batches of a fit before the host trains on them, to refuse them."""
+    def check(self, batches: Iterable[Any]) -> None:
+        """Looks at data of a fit before the host trains on any, to refuse it.
+
+        Args:
+            batches: Each as the host's step takes it, or with `None` in the place of x.
+        """
 
     def layers(self) -> Iterable[keras.Operation]:
         """The layers it wants to listen to; asked after `prepare`."""
@@ -153,6 +158,9 @@ class Joint:
             observer.prepare(spec)
             self._unprepared.remove((kind, observer))
         if kind == "train" and fresh:
+            for labels in _labels_at_hand(self.host):
+                for observer in fresh:
+                    observer.check((None, part) for part in _in_parts(labels))
             iterator = self._checked(fresh, iterator, spec)
 
         shared = [o for o in observers if not o.isolated]
@@ -171,8 +179,7 @@ class Joint:
             return iterator  # sparse or ragged: the end of the epoch will tell
         batches = list(itertools.islice(iterator, self.host.steps_per_execution))
         for observer in observers:
-            for data in batches:
-                observer.check(data)
+            observer.check(batches)
         return iter(tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec))
 
     def _shared(self, kind: Kind, observers: list[Observer], plain: Callable) -> Callable:
@@ -333,6 +340,23 @@ def _evaluate_returns_list(host: keras.Model) -> bool:
         if frame.f_code.co_name == "evaluate" and frame.f_locals.get("self") is host:
             return not frame.f_locals.get("return_dict", False)
     return False
+
+
+def _labels_at_hand(host: keras.Model) -> Iterator[Any]:
+    """The labels, for training and validation, of the running `fit` of `host` if it has arrays."""
+    for frame in _callers():
+        if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is host:
+            for labels in (frame.f_locals.get("y"), frame.f_locals.get("val_y")):
+                arrays = keras.tree.flatten(labels)
+                if arrays and all(hasattr(array, "__array__") for array in arrays):
+                    yield keras.tree.map_structure(np.asarray, labels)
+            return
+
+
+def _in_parts(arrays: Any, rows: int = 2**16) -> Iterator[Any]:
+    """Slices of a structure of arrays, so that a look at them needs little memory."""
+    for start in range(0, max(map(len, keras.tree.flatten(arrays))), rows):
+        yield keras.tree.map_structure(lambda array, s=start: array[s : s + rows], arrays)
 
 
 def calling_lists() -> list[keras.callbacks.CallbackList]:

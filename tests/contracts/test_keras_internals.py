@@ -2,7 +2,10 @@
 
 import keras
 import numpy as np
+import pytest
 from hosts import compiled, dense_net
+
+from keras_probes.taps.capture import _labels_at_hand
 
 
 class Order(keras.callbacks.Callback):
@@ -87,3 +90,19 @@ def test_a_stateless_scope_takes_assignments_upon_itself():
     with keras.StatelessScope():
         norm(np.full((4, 3), 9.0, "float32"), training=True)
     np.testing.assert_array_equal(norm.moving_mean.numpy(), before)
+
+
+class FindLabels(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        self.found = list(_labels_at_hand(self.model))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_labels_of_a_fit_are_in_its_frame(digits, split):
+    (x, y), (x_val, y_val) = digits
+    find, model = FindLabels(), compiled(dense_net())
+    given = {"validation_split": 0.25} if split else {"validation_data": (x_val, y_val)}
+    model.fit(x, y, callbacks=[find], verbose=0, **given)
+    cut = len(y) * 3 // 4 if split else len(y)
+    for found, expected in zip(find.found, (y[:cut], y[cut:] if split else y_val), strict=True):
+        np.testing.assert_array_equal(found, expected)
