@@ -13,7 +13,7 @@ def test_two_runs_are_the_same_bit_for_bit(digits, mode):
     (x, y), validation = digits
     runs = []
     for _ in range(2):
-        probes = LinearProbeCallback(reduce={"conv": "random"}, mode=mode)
+        probes = LinearProbeCallback(["conv", "dense"], reduce={"conv": "random"}, mode=mode)
         compiled(convnet()).fit(
             x, y, epochs=2, validation_data=validation, callbacks=[probes], verbose=0
         )
