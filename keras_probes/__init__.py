@@ -4,9 +4,21 @@ After Alain & Bengio (2016), "Understanding intermediate layers using linear cla
 """
 
 from keras_probes.callback import LinearProbeCallback
+from keras_probes.extract import extract_features
+from keras_probes.fit import fit_probes
 from keras_probes.results import ProbeResults
+from keras_probes.store.features import FeatureStore
 from keras_probes.taps.reduce import Flatten, GlobalAverage, RandomFeatures
 
 __version__ = "0.1.0"
 
-__all__ = ["Flatten", "GlobalAverage", "LinearProbeCallback", "ProbeResults", "RandomFeatures"]
+__all__ = [
+    "FeatureStore",
+    "Flatten",
+    "GlobalAverage",
+    "LinearProbeCallback",
+    "ProbeResults",
+    "RandomFeatures",
+    "extract_features",
+    "fit_probes",
+]

@@ -5,7 +5,6 @@ decided in `taps`, what is measured in `probes`; the probes of one host are an `
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import pandas as pd
 
 from keras_probes.online import OnlineProbes, Settings, mebibytes
 from keras_probes.probes.heads import Sums
+from keras_probes.probes.measures import METRICS, measure
 from keras_probes.probes.targets import named_targets
 from keras_probes.results import ProbeResults, Row
 from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
@@ -23,8 +23,6 @@ from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector, nearest
 from keras_probes.view.tensorboard import TensorBoardWriter
-
-METRICS = ("error", "loss", "top5_error")
 
 
 class LinearProbeCallback(keras.callbacks.Callback):
@@ -300,19 +298,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
                         target=target,
                         tap=tap,
                         metric=metric,
-                        value=_measure(metric, row),
+                        value=measure(metric, row),
                         n=int(row["count"]),
                         nonfinite=int(row["nonfinite"]),
                     )
-
-
-def _measure(metric: str, sums: Mapping[str, float]) -> float:
-    numerator, denominator = {
-        "error": ("wrong", "count"),
-        "top5_error": ("wrong_top5", "count"),
-        "loss": ("weighted_loss", "weight"),
-    }[metric]
-    return sums[numerator] / sums[denominator] if sums[denominator] else math.nan
 
 
 def _log_key(row: Row) -> str:

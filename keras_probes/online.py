@@ -109,17 +109,7 @@ class OnlineProbes:
 
     def tap_infos(self) -> list[TapInfo]:
         """What the results say of each tap."""
-        return [
-            TapInfo(
-                name=t.tap.name,
-                depth=t.tap.depth,
-                layer=t.tap.layer_type,
-                shape=(t.tap.shape or (None,))[1:],
-                reduction=type(t.reduction).__name__,
-                features=t.n_features,
-            )
-            for t in self.plan.taps
-        ]
+        return [TapInfo(**tap) for tap in self.plan.described()]
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Number of parameters, and memory in bytes, of the probes of each tap.
@@ -176,7 +166,7 @@ class OnlineProbes:
                     unlabelled[target] += int(tf.math.count_nonzero(labels < 0))
                     total[target] += len(labels)
         for target in self.targets:
-            _check_labels(target, unlabelled[target], total[target])
+            target.refuse(unlabelled[target], total[target])
 
     def layers(self) -> Iterable[keras.Operation]:
         return self.plan.layers()
@@ -199,7 +189,7 @@ class OnlineProbes:
             of_tap = next(iter(sums[target.name].values()))
             unlabelled = int(of_tap["unlabelled"])
             total = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
-            _check_labels(target, unlabelled, total)
+            target.refuse(unlabelled, total)
         return self._report(kind, sums)
 
     def _check_memory(self) -> None:
@@ -224,17 +214,6 @@ def _check_rows(features: tf.Tensor, labels: tf.Tensor) -> None:
     if not features.shape[:1].is_compatible_with(labels.shape[:1]):
         raise ValueError(message)
     tf.debugging.assert_equal(tf.shape(features)[0], tf.shape(labels)[0], message)
-
-
-def _check_labels(target: Target, unlabelled: int, total: int) -> None:
-    if unlabelled:
-        name = "" if target.name is None else f" of target {target.name!r}"
-        raise ValueError(
-            f"Expected labels{name} to be integers from 0 to {target.num_classes - 1}, or one-hot "
-            f"rows that sum to 1. Received: {unlabelled} of {total} labels that are not. Labels "
-            "that start at 1 need y - 1; several classes for one example need a target= function "
-            "that picks one."
-        )
 
 
 def mebibytes(size: float) -> str:

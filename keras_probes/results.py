@@ -11,9 +11,11 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import keras
+import numpy as np
 import pandas as pd
 
 Z_95 = 1.959963984540054  # 97.5% point of the standard normal distribution
@@ -34,6 +36,11 @@ COLUMNS = (
     "nonfinite",
 )
 _ERRORS = ("error", "top5_error")
+_OF_FIT = ("l2", "certificate", "converged")
+_AS_TEXT: dict[str, Any] = {
+    "float_format": "{:.4f}".format,
+    "formatters": {"l2": "{:.0e}".format, "certificate": "{:.0e}".format},
+}
 _MANIFEST = "probes.json"
 _FORMAT = 1
 
@@ -91,6 +98,19 @@ class Row:
     nonfinite: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A softmax-linear classifier on the raw, reduced features h of a tap: softmax(h @ W + b).
+
+    Attributes:
+        kernel: W, float32, shape (n_features, num_classes).
+        bias: b, float32, shape (num_classes,).
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+
+
 _ROW = tuple(field.name for field in dataclasses.fields(Row))
 
 
@@ -120,11 +140,22 @@ class ProbeResults:
     Args:
         taps: The taps in graph order.
         rows: Measures to begin with.
+        probes: The probes themselves, by target and tap, where they are kept.
+        reductions: By tap, the Keras configuration of what makes its features.
     """
 
-    def __init__(self, taps: Sequence[TapInfo] = (), rows: Iterable[Row] = ()):
+    def __init__(
+        self,
+        taps: Sequence[TapInfo] = (),
+        rows: Iterable[Row] = (),
+        *,
+        probes: Mapping[tuple[str | None, str], Probe] | None = None,
+        reductions: Mapping[str, Any] | None = None,
+    ):
         self.taps = list(taps)
         self.rows = list(rows)
+        self.probes = dict(probes or {})
+        self.reductions = dict(reductions or {})
 
     def add(self, rows: Iterable[Row]) -> None:
         """Takes further measures into the record."""
@@ -167,7 +198,8 @@ class ProbeResults:
             A frame indexed by tap, with `depth`, `layer`, `shape`, `reduction`, `features`, and
             for each measured split its value and, for an error, `±95%`: half the width of its
             confidence interval. `nonfinite` is there if examples had to be left out: their number
-            in the splits shown.
+            in the splits shown. Probes of `fit_probes` have `l2`, the `certificate` (nats their
+            training objective may be above its optimum) and `converged` besides.
 
         Raises:
             ValueError: There are several targets and none is named, or nothing of this metric,
@@ -199,8 +231,65 @@ class ProbeResults:
             if metric in _ERRORS:
                 table[f"{split} ±95%"] = (rows["ci_high"] - rows["ci_low"]) / 2
             table["nonfinite"] += rows["nonfinite"].fillna(0).astype(int)
+        fits = frame[frame["metric"].isin(_OF_FIT)].groupby(["metric", "tap"]).tail(1)
+        for name, rows in fits.groupby("metric", sort=False):
+            values = rows.set_index("tap")["value"].reindex(table.index)
+            table[name] = values == 1.0 if name == "converged" else values
         nonfinite = table.pop("nonfinite")
         return table.assign(nonfinite=nonfinite) if nonfinite.any() else table
+
+    def probe(self, tap: str, target: str | None = None) -> keras.Model:
+        """Returns a tap's probe as a small Keras model.
+
+        Args:
+            tap: Tap name.
+            target: Name of the target, where they have names.
+
+        Returns:
+            A model from reduced features, float32, shape (batch, n_features), to probabilities,
+            shape (batch, num_classes).
+
+        Raises:
+            ValueError: These results hold no such probe.
+        """
+        probe = self._probe(tap, target)
+        inputs = keras.Input((len(probe.kernel),), name="features")
+        dense = keras.layers.Dense(
+            len(probe.bias), activation="softmax", kernel_initializer="zeros", name="probe"
+        )
+        model = keras.Model(inputs, dense(inputs), name="linear_probe")
+        model.set_weights([probe.kernel, probe.bias])
+        return model
+
+    def attach(self, model: keras.Model, target: str | None = None) -> keras.Model:
+        """Returns a model from the host's raw input to every probe's prediction.
+
+        Args:
+            model: The host the probes were fitted to.
+            target: Name of the target, where they have names.
+
+        Returns:
+            A Keras model from what the host takes to probabilities by tap, each of shape
+            (batch, num_classes).
+
+        Raises:
+            ValueError: These results hold no such probes, or `model` has no such taps.
+        """
+        from keras_probes.attach import AttachedProbes  # sees taps, which results do not
+
+        probes = {tap.name: self._probe(tap.name, target) for tap in self.taps}
+        pairs = {tap: (probe.kernel, probe.bias) for tap, probe in probes.items()}
+        return AttachedProbes(model, pairs, self.reductions)
+
+    def _probe(self, tap: str, target: str | None) -> Probe:
+        if (target, tap) not in self.probes:
+            held = ", ".join(repr(t) if n is None else f"{t!r} of {n!r}" for n, t in self.probes)
+            raise ValueError(
+                f"No probe for tap={tap!r}, target={target!r}. "
+                + (f"These results hold probes for {held}." if held else "These results hold no "
+                   "probes: those of fit_probes do; a callback has probe_model and weights().")
+            )  # fmt: skip
+        return self.probes[target, tap]
 
     def _one_target(self, frame: pd.DataFrame, target: str | None) -> pd.Series:
         names = list(dict.fromkeys(row.target for row in self.rows))
@@ -219,15 +308,14 @@ class ProbeResults:
         if not tables:
             return repr(self)
         return "\n\n".join(
-            ("" if name is None else f"{name}\n") + table.to_string(float_format="{:.4f}".format)
+            ("" if name is None else f"{name}\n") + table.to_string(**_AS_TEXT)
             for name, table in tables.items()
         )
 
     def _repr_html_(self) -> str:
         """The tables, as notebooks show them."""
         return "\n".join(
-            ("" if name is None else f"<h4>{html.escape(name)}</h4>\n")
-            + table.to_html(float_format="{:.4f}".format)
+            ("" if name is None else f"<h4>{html.escape(name)}</h4>\n") + table.to_html(**_AS_TEXT)
             for name, table in self._tables().items()
         ) or html.escape(repr(self))
 
@@ -241,10 +329,11 @@ class ProbeResults:
         return f"<ProbeResults: {len(self.taps)} taps, {epochs} epochs, {len(self)} measures>"
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes the record into a directory: `probes.json`, and the measures as CSV beside it.
+        """Writes the record into a directory.
 
-        The manifest, which names the file of measures, is put in place last and at once, so that a
-        save that is interrupted leaves an earlier one whole.
+        `probes.json` names the files beside it: the measures as CSV and, where there are any, the
+        probes as NumPy's npz. It is put in place last and at once, so that a save that is
+        interrupted leaves an earlier one whole.
 
         Args:
             directory: Made if it is not there.
@@ -252,19 +341,30 @@ class ProbeResults:
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         rows = pd.DataFrame([dataclasses.asdict(row) for row in self.rows], columns=list(_ROW))
-        text = rows.to_csv(index=False)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        measures = f"measures-{digest[:16]}.csv"
+        contents = {"measures": (rows.to_csv(index=False).encode(), "csv")}
+        if self.probes:
+            arrays: dict[str, Any] = {}
+            for place, probe in enumerate(self.probes.values()):
+                arrays[f"kernel_{place}"], arrays[f"bias_{place}"] = probe.kernel, probe.bias
+            file = io.BytesIO()
+            np.savez(file, **arrays)
+            contents["probes"] = (file.getvalue(), "npz")
+        files = {}
+        for name, (content, ending) in contents.items():
+            digest = hashlib.sha256(content).hexdigest()
+            files[name] = {"name": f"{name}-{digest[:16]}.{ending}", "sha256": digest}
+            _write_whole(directory / files[name]["name"], content)
         manifest = {
             "format": _FORMAT,
-            "measures": measures,
-            "sha256": digest,
+            "files": files,
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
+            "probes": [{"target": target, "tap": tap} for target, tap in self.probes],
+            "reductions": self.reductions,
         }
-        _write_whole(directory / measures, text)
-        _write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1))
-        for stale in directory.glob("measures-*.csv"):
-            if stale.name != measures:
+        _write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        kept = {file["name"] for file in files.values()}
+        for stale in (*directory.glob("measures-*.csv"), *directory.glob("probes-*.npz")):
+            if stale.name not in kept:
                 stale.unlink()
 
     @classmethod
@@ -278,28 +378,26 @@ class ProbeResults:
         directory = pathlib.Path(directory)
         try:
             manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-            measures = (directory / manifest["measures"]).read_bytes()
+            if manifest.get("format") != _FORMAT:
+                raise ValueError(
+                    f"Expected results of format {_FORMAT}. Received: format "
+                    f"{manifest.get('format')!r} in {str(directory)!r}. Load them with the version "
+                    "of keras_probes that wrote them."
+                )
+            contents = {
+                name: _read_whole(directory / file["name"], file["sha256"])
+                for name, file in manifest["files"].items()
+            }
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"Expected a directory that ProbeResults.save wrote, with {_MANIFEST} and the file "
-                f"of measures it names. Received: {str(directory)!r}; missing: {error.filename!r}."
+                f"Expected a directory that ProbeResults.save wrote, with {_MANIFEST} and the "
+                f"files it names. Received: {str(directory)!r}; missing: {error.filename!r}."
             ) from error
         except (json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"{directory / _MANIFEST} is damaged: {error!r}.") from error
-        if manifest.get("format") != _FORMAT:
-            raise ValueError(
-                f"Expected results of format {_FORMAT}. Received: format "
-                f"{manifest.get('format')!r} in {str(directory)!r}. Load them with the version of "
-                "keras_probes that wrote them."
-            )
-        if hashlib.sha256(measures).hexdigest() != manifest["sha256"]:
-            raise ValueError(
-                f"{directory / manifest['measures']} is damaged: its checksum is not the one "
-                f"in {_MANIFEST}. Save the results again."
-            )
         types = {"target": str, "tap": str, "split": str, "metric": str}
         frame = pd.read_csv(
-            io.BytesIO(measures),
+            io.BytesIO(contents["measures"]),
             dtype=types,
             keep_default_na=False,
             na_values={"value": [""]},
@@ -307,18 +405,34 @@ class ProbeResults:
         taps = [TapInfo(**{**tap, "shape": tuple(tap["shape"])}) for tap in manifest["taps"]]
         records: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
         rows = [Row(**{**record, "target": record["target"] or None}) for record in records]
-        return cls(taps, rows)
+        probes = {}
+        if "probes" in contents:
+            arrays = np.load(io.BytesIO(contents["probes"]), allow_pickle=False)
+            for place, key in enumerate(manifest["probes"]):
+                probe = Probe(arrays[f"kernel_{place}"], arrays[f"bias_{place}"])
+                probes[key["target"], key["tap"]] = probe
+        return cls(taps, rows, probes=probes, reductions=manifest["reductions"])
 
 
 def _known(values: pd.Series) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 
-def _write_whole(path: pathlib.Path, text: str) -> None:
+def _write_whole(path: pathlib.Path, content: bytes) -> None:
     """Writes a file so that under its name there is all of it or what was there before."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _read_whole(path: pathlib.Path, digest: str) -> bytes:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(
+            f"{path} is damaged: its checksum is not the one in {_MANIFEST}. Save the results "
+            "again."
+        )
+    return content

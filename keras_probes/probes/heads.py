@@ -24,6 +24,8 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from keras_probes.probes.measures import SUMS, batch_sums
+
 # Averages over steps weigh step t by (DECAY + 1) / (t + DECAY): about the last tenth of all steps
 # counts (Shamir & Zhang 2013, "polynomial-decay averaging"), and never more than HORIZON steps, so
 # that the probe follows a host that moves.
@@ -35,9 +37,6 @@ LEARNING_RATE = 0.1  # of Adam, on features of length 1
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
 Sums = Mapping[str | None, Mapping[str, Mapping[str, float]]]  # by target, tap, name in SUMS
-
-# What a row of sums holds, for one tap and target, over the examples since the last reset.
-SUMS = ("count", "wrong", "wrong_top5", "weight", "weighted_loss", "nonfinite", "unlabelled")
 
 
 def own_optimizer(
@@ -262,7 +261,9 @@ class ProbeSet:
             group.standardize.update(inputs, finite)
             z = group.standardize(inputs)
             for target, heads in group.heads.items():
-                rows.append(_sums(heads.mean_logits(z), labels[target], weights[target], finite))
+                rows.append(
+                    batch_sums(heads.mean_logits(z), labels[target], weights[target], finite)
+                )
                 gradients += heads.gradients(z, labels[target], finite * weights[target])
         self._sums["train"].assign_add(ops.concatenate(rows, axis=0))
         self.optimizer.apply(gradients, self._trainable())
@@ -278,7 +279,9 @@ class ProbeSet:
             inputs, finite = _finite(features, group.taps)
             z = group.standardize(inputs)
             for target, heads in group.heads.items():
-                rows.append(_sums(heads.mean_logits(z), labels[target], weights[target], finite))
+                rows.append(
+                    batch_sums(heads.mean_logits(z), labels[target], weights[target], finite)
+                )
         self._sums["test"].assign_add(ops.concatenate(rows, axis=0))
 
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
@@ -343,34 +346,3 @@ def _finite(features: Features, taps: Sequence[str]) -> tuple[list[tf.Tensor], t
         for tap, is_finite in zip(taps, finite, strict=True)
     ]
     return inputs, tf.cast(tf.stack(finite), tf.float32)
-
-
-def _sums(logits: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
-    """What a batch adds to the sums: float64, shape (n_taps, len(SUMS)).
-
-    Args:
-        logits: float32, shape (n_taps, batch, num_classes).
-        labels: int32, shape (batch,).
-        weights: float32, shape (batch,).
-        finite: float32, shape (n_taps, batch).
-    """
-    num_classes = logits.shape[-1]
-    labelled = tf.cast(labels >= 0, tf.float32)
-    counts, weight = finite * labelled, finite * labelled * weights
-    is_label = tf.one_hot(labels, num_classes, dtype=tf.float32)
-    of_label = tf.reduce_sum(logits * is_label, axis=-1, keepdims=True)
-    # Place of the label among the classes, ties by class number: as argmax would have it.
-    earlier = tf.range(num_classes) < labels[:, None]
-    ahead = (logits > of_label) | ((logits == of_label) & earlier)
-    place = tf.reduce_sum(tf.cast(ahead, tf.float32), axis=-1)
-    loss = tf.reduce_logsumexp(logits, axis=-1) - of_label[..., 0]
-    columns = [
-        counts,
-        counts * tf.cast(place >= 1, tf.float32),
-        counts * tf.cast(place >= 5, tf.float32),
-        weight,
-        weight * loss,
-        (1.0 - finite) * labelled,
-        tf.broadcast_to(1.0 - labelled, tf.shape(finite)),
-    ]
-    return tf.stack([tf.reduce_sum(tf.cast(c, tf.float64), axis=1) for c in columns], axis=1)

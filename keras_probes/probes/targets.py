@@ -47,6 +47,17 @@ class Target:
             labels = tf.cast(flat, tf.int32)
         return tf.where(valid, labels, -1)
 
+    def refuse(self, unlabelled: int, total: int) -> None:
+        """Raises a `ValueError` if `unlabelled` of `total` labels are none."""
+        if unlabelled:
+            name = "" if self.name is None else f" of target {self.name!r}"
+            raise ValueError(
+                f"Expected labels{name} to be integers from 0 to {self.num_classes - 1}, or "
+                f"one-hot rows that sum to 1. Received: {unlabelled} of {total} labels that are "
+                "not. Labels that start at 1 need y - 1; several classes for one example need a "
+                "target= function that picks one."
+            )
+
     def weights(self, sample_weight: Any, like: tf.Tensor) -> tf.Tensor:
         """Sample weights of a batch, float32, shape (batch,); ones where there are none.
 

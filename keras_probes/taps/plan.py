@@ -58,6 +58,20 @@ class TapPlan:
         """Number of features by tap name."""
         return {t.tap.name: t.n_features for t in self.taps}
 
+    def described(self) -> list[dict[str, Any]]:
+        """What tables say of each tap: the fields of `results.TapInfo`."""
+        return [
+            {
+                "name": t.tap.name,
+                "depth": t.tap.depth,
+                "layer": t.tap.layer_type,
+                "shape": (t.tap.shape or (None,))[1:],
+                "reduction": type(t.reduction).__name__,
+                "features": t.n_features,
+            }
+            for t in self.taps
+        ]
+
     def layers(self) -> list[keras.Operation]:
         """The layers to listen to while the host runs, and the host itself."""
         return [self.host, *(t.tap.site.layer for t in self.taps)]

@@ -1,0 +1,297 @@
+"""`extract_features`, the first half of the offline driver: a host's features to disk, once.
+
+In: a finished host and data. Out: a `FeatureStore`. The taps, their names and reductions are those
+of the callback; `fit_probes` does the rest.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_probes.probes.targets import Target, resolve_targets
+from keras_probes.store.features import DTYPES, FORMAT, ArrayName, FeatureStore
+from keras_probes.taps.batches import batches_of
+from keras_probes.taps.graph import call_at_inference
+from keras_probes.taps.plan import TapPlan, make_plan
+from keras_probes.taps.record import record_calls
+from keras_probes.taps.reduce import RandomFeatures, Reduce
+from keras_probes.taps.select import Selector
+
+# About so many rows a chunk: few enough to lose little in a crash, enough to read fast.
+CHUNK_ROWS = 1024
+
+Rows = dict[ArrayName, np.ndarray]
+
+
+def extract_features(
+    model: keras.Model,
+    data: Any,
+    path: str | os.PathLike,
+    *,
+    layers: Selector = "auto",
+    reduce: Reduce = "auto",
+    target: Any = None,
+    num_classes: int | Mapping[str, int] | None = None,
+    class_names: list[str] | None = None,
+    batch_size: int = 32,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    worker: tuple[int, int] = (0, 1),
+    seed: int = 0,
+    verbose: bool = True,
+) -> FeatureStore:
+    """Runs a model once over data and keeps the features of every tap on disk.
+
+    The model is called at inference, and none of its state is touched. Interrupted anywhere, the
+    same call goes on at the last whole chunk, and what comes out is byte for byte the same; data
+    are read again from their beginning, without being run through the model.
+
+    Args:
+        model: The host; it need not be compiled.
+        data: (x, y) or (x, y, sample_weight) of arrays, a `tf.data.Dataset`, a `PyDataset`, a
+            generator: whatever `fit` takes, and that ends. Its order must not change from one call
+            to the next.
+        path: Directory of the store.
+        layers: Where to look, as for `LinearProbeCallback`.
+        reduce: What is kept of a layer's output, likewise.
+        target: What the probes are to predict, likewise.
+        num_classes: Number of classes, or a mapping from target names to it, where it can't be
+            inferred.
+        class_names: Names of the classes; by default those the data set knows.
+        batch_size: Number of rows of a batch, for arrays.
+        dtype: How features are kept. Halves take half the disk; float16 overflows past 65,504.
+        worker: (i, n): this is worker i, from 0, of n that write one store, each every n-th chunk,
+            at once or one after the other.
+        seed: Seed of random feature subsets.
+        verbose: Whether to show a progress bar.
+
+    Returns:
+        The store. With several workers, it is complete when the last one is done.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit the model or the data; labels are missing
+            or out of range; or the store at `path` is of something else.
+        OSError: The disk is full. What is written stays, and the same call goes on from there.
+    """
+    _check(dtype, worker)
+    batches = batches_of(data, batch_size)
+    x_spec, y_spec, weight_spec = keras.utils.unpack_x_y_sample_weight(batches.spec)
+    plan = make_plan(model, x_spec, layers, reduce, seed)
+    targets = resolve_targets(target, num_classes, x_spec, y_spec, plan.graph.outputs)
+    iterator = iter(batches.dataset)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError("The data are empty. Expected at least one example.")
+    size = _length(first)
+    manifest = {
+        "format": FORMAT,
+        "rows": batches.rows,
+        "chunk_rows": size * math.ceil(CHUNK_ROWS / size),
+        "dtype": dtype,
+        "taps": plan.described(),
+        "reductions": {
+            t.tap.name: keras.saving.serialize_keras_object(t.reduction) for t in plan.taps
+        },
+        "targets": [{"name": t.name, "num_classes": t.num_classes} for t in targets],
+        "weighted": weight_spec is not None,
+        "class_names": class_names or getattr(data, "class_names", None),
+        "host": {"name": model.name, "class": type(model).__name__, "sha256": _sha256(model)},
+        "first_example": _sha256_of_first(first),
+        "versions": _versions(),
+    }
+    # As it will be read back: JSON has lists for tuples.
+    store = FeatureStore.create(path, json.loads(json.dumps(manifest)), _subsets(plan))
+    step = _Step(plan, targets, dtype, batches.spec)
+    with _progress(batches.rows, verbose) as progress, _Writer(store, worker) as writer:
+        for batch in itertools.chain([first], iterator):
+            writer.add(step(batch) if writer.wants(_length(batch)) else step.labels(batch))
+            progress.update(_length(batch))
+    store.finish(writer.rows)
+    return FeatureStore(path)
+
+
+class _Step:
+    """What is kept of a batch: features of all taps, labels and weights of all targets."""
+
+    def __init__(self, plan: TapPlan, targets: list[Target], dtype: str, spec: Any):
+        self._plan, self._targets, self._dtype = plan, targets, dtype
+        self._compiled = tf.function(self._forward, input_signature=[spec], autograph=False)
+
+    def __call__(self, batch: Any) -> Rows:
+        rows = {name: tensor.numpy() for name, tensor in self._compiled(batch).items()}
+        self._check_labels(rows)
+        return rows
+
+    def labels(self, batch: Any) -> Rows:
+        """The labels alone, which takes no forward pass."""
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        rows: Rows = {("labels", t.name): t.labels(x, y).numpy() for t in self._targets}
+        self._check_labels(rows)
+        return rows
+
+    def _forward(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        host = self._plan.host
+        # A stateless scope takes any assignment to a Keras variable upon itself.
+        with record_calls(host, self._plan.layers()) as recording, keras.StatelessScope():
+            call_at_inference(host, x)
+        rows: dict[ArrayName, tf.Tensor] = {}
+        for tap, features in self._plan.features(recording).items():
+            rows["tap", tap] = tf.cast(features, self._dtype)
+        for target in self._targets:
+            labels = target.labels(x, y)
+            rows["labels", target.name] = labels
+            if sample_weight is not None:
+                rows["weights", target.name] = target.weights(sample_weight, labels)
+        return rows
+
+    def _check_labels(self, rows: Rows) -> None:
+        for target in self._targets:
+            labels = rows["labels", target.name]
+            target.refuse(int(np.count_nonzero(labels < 0)), len(labels))
+
+
+class _Writer:
+    """Gathers rows into chunks and writes them in the background, while the host goes on.
+
+    Chunks that are there from an earlier run are not written; their labels are compared, so that
+    data in another order are noticed.
+
+    Args:
+        store: Where to.
+        worker: (i, n): every n-th chunk, from the i-th on, is this one's.
+
+    Attributes:
+        rows: Number of rows seen.
+    """
+
+    def __init__(self, store: FeatureStore, worker: tuple[int, int]):
+        self.rows = 0
+        self._store, self._worker = store, worker
+        self._parts: list[Rows] = []
+        self._known = functools.lru_cache(maxsize=2)(store.labels_of_chunk)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "keras_probes_writer")
+        self._writing: concurrent.futures.Future | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None:
+                self._end_chunk(self.rows // self._store.chunk_rows)
+                self._wait()
+        finally:
+            self._pool.shutdown()
+
+    def wants(self, rows: int) -> bool:
+        """Whether the features of the next `rows` rows are needed."""
+        size = self._store.chunk_rows
+        return any(map(self._is_open, range(self.rows // size, (self.rows + rows - 1) // size + 1)))
+
+    def add(self, rows: Rows) -> None:
+        """Takes the next rows: all arrays of them if they were wanted, else labels."""
+        size, length = self._store.chunk_rows, len(next(iter(rows.values())))
+        taken = 0
+        while taken < length:
+            stop = min(length, taken + size - self.rows % size)
+            self._parts.append({name: array[taken:stop] for name, array in rows.items()})
+            self.rows += stop - taken
+            taken = stop
+            if self.rows % size == 0:
+                self._end_chunk(self.rows // size - 1)
+
+    def _is_open(self, chunk: int) -> bool:
+        place, workers = self._worker
+        return chunk % workers == place and self._known(chunk) is None
+
+    def _end_chunk(self, chunk: int) -> None:
+        parts, self._parts = self._parts, []
+        if not parts:
+            return
+        known = self._known(chunk)
+        if known is not None:
+            self._compare(chunk, known, parts)
+        elif self._is_open(chunk):
+            self._wait()
+            self._writing = self._pool.submit(self._write, chunk, parts)
+
+    def _write(self, chunk: int, parts: list[Rows]) -> None:
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        self._store.write(chunk, arrays)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _compare(
+        self, chunk: int, known: Mapping[str | None, np.ndarray], parts: list[Rows]
+    ) -> None:
+        for target, labels in known.items():
+            received = np.concatenate([part["labels", target] for part in parts])
+            if not np.array_equal(labels, received):
+                raise ValueError(
+                    f"The store {str(self._store.path)!r} is of other data, or of these in another "
+                    f"order: labels of chunk {chunk} differ. Data must come in the same order in "
+                    "every call, without shuffling. Choose another path, or delete the store."
+                )
+
+
+def _check(dtype: str, worker: tuple[int, int]) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"Expected dtype to be one of {', '.join(map(repr, DTYPES))}. Received: {dtype!r}."
+        )
+    if len(worker) != 2 or not 0 <= worker[0] < worker[1]:
+        raise ValueError(
+            "Expected worker=(i, n), worker i of n, with i from 0 to n - 1. "
+            f"Received: worker={worker!r}."
+        )
+
+
+def _progress(rows: int | None, verbose: bool) -> Any:
+    from tqdm import tqdm  # comes with the extra that zarr comes with
+
+    return tqdm(total=rows, unit=" images", desc="extracting features", disable=not verbose)
+
+
+def _length(batch: Any) -> int:
+    return int(tf.nest.flatten(batch)[0].shape[0])
+
+
+def _subsets(plan: TapPlan) -> dict[str | None, np.ndarray]:
+    return {
+        t.tap.name: t.reduction.indices.numpy()
+        for t in plan.taps
+        if isinstance(t.reduction, RandomFeatures)
+    }
+
+
+def _sha256(model: keras.Model) -> str:
+    """Hash of a host's weights: values, shapes and dtypes, in order."""
+    digest = hashlib.sha256()
+    for weight in model.weights:
+        digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(np.ascontiguousarray(weight.numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _sha256_of_first(batch: Any) -> str:
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    first = [np.ascontiguousarray(leaf[:1]).tobytes() for leaf in keras.tree.flatten(x)]
+    return hashlib.sha256(b"".join(first)).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    names = ("keras_probes", "keras", "tensorflow", "numpy", "zarr")
+    return {name: importlib.import_module(name).__version__ for name in names}

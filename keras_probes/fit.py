@@ -1,0 +1,407 @@
+"""`fit_probes`, the second half of the offline driver: the optimal probe for every tap.
+
+In: a `FeatureStore`. Out: `ProbeResults` with probes, their errors, and for each a certificate of
+how far it can be from the optimum.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from keras_probes.probes.measures import METRICS, SUMS, batch_sums, measure
+from keras_probes.probes.solver import Block, Fit, Problem, fit_softmax
+from keras_probes.results import Probe, ProbeResults, Row
+from keras_probes.store.features import FeatureStore
+
+# The path of l2="auto": features are standardised, so that one serves every tap.
+PENALTIES = tuple(float(penalty) for penalty in np.logspace(0, -4.5, 10))
+PATH_TOL = 1e-4  # nats; enough to compare validation losses
+READ_ROWS = 8192  # about so many rows are in the works at a time
+UNSEEN = -1e9  # the bias of a class without examples: it is never predicted
+
+Split = Literal["train", "validation", "test"]
+
+
+def fit_probes(
+    store: FeatureStore,
+    *,
+    validation: FeatureStore | float | None = 0.1,
+    test: FeatureStore | float | None = 0.1,
+    l2: float | Sequence[float] | Literal["auto"] = "auto",
+    tol: float = 1e-6,
+    taps: Sequence[str] | None = None,
+    memory: int = 512 * 2**20,
+    max_iterations: int = 1000,
+    seed: int = 0,
+    verbose: bool = True,
+) -> ProbeResults:
+    """Finds the optimal linear probe of every tap, and proves how near it came.
+
+    A probe minimises the mean cross-entropy plus `l2 / 2 * |W|^2` on features standardised by the
+    training rows; the problem is convex and `probes/solver.py` writes it out. With several
+    penalties, the one with the least validation loss is taken.
+
+    Args:
+        store: The features, and the rows to train on.
+        validation: Rows that choose the penalty: another store of the same host, or the fraction
+            of `store` to keep apart for it.
+        test: Rows to report on that chose nothing, likewise.
+        l2: The penalty; several, from which the validation loss picks; or `"auto"` for ten from 1
+            down to 3e-5.
+        tol: How far the training objective may be above its optimum, in nats.
+        taps: Names of the taps to fit; all by default.
+        memory: Bytes of features to hold at once. Taps that take more are read from disk again and
+            again, with the same result.
+        max_iterations: Steps of the solver after which to give up on a tap.
+        seed: Seed of the split.
+        verbose: Whether to show a progress bar and each tap's result as it comes.
+
+    Returns:
+        Results with error, loss and top-5 error on each split, and of each probe the penalty, the
+        number of iterations, the norm of the gradient and the certificate: an upper bound on its
+        training objective minus the optimum, in nats.
+
+    Raises:
+        ValueError: An argument is out of its range, a tap is unknown, a store is not complete or of
+            another host, labels are of one class only, or a chunk is damaged.
+
+    Warns:
+        UserWarning: A probe's certificate is above `tol`; features are not finite; or a class has
+            no example to train on.
+    """
+    from tqdm import tqdm  # comes with the extra that zarr comes with
+
+    penalties = _penalties(l2, validation)
+    names = [tap.name for tap in store.taps]
+    for tap in taps if taps is not None else ():
+        store.check_tap(tap)
+    chosen = [name for name in names if taps is None or name in taps]
+    splits = _splits(store, validation, test, seed)
+    results = ProbeResults(
+        [tap for tap in store.taps if tap.name in chosen],
+        reductions={tap: store.manifest["reductions"][tap] for tap in chosen},
+    )
+    with tqdm(chosen, desc="fitting probes", unit=" taps", disable=not verbose) as progress:
+        for tap in progress:
+            features = _Features(tap, splits, memory)
+            for target, num_classes in store.targets.items():
+                probe = _TapFit(features, target, num_classes, penalties, tol, max_iterations)
+                results.add(probe.rows())
+                results.probes[target, tap] = probe.probe()
+                if verbose:
+                    progress.write(probe.summary())
+    return results
+
+
+def _penalties(l2: Any, validation: Any) -> tuple[float, ...]:
+    penalties = PENALTIES if l2 == "auto" else tuple(np.atleast_1d(l2).astype(float).tolist())
+    if not penalties or not all(np.isfinite(penalty) and penalty > 0 for penalty in penalties):
+        raise ValueError(
+            'Expected `l2` to be "auto", or one or more penalties above 0: without a penalty the '
+            f"optimum may not exist. Received: l2={l2!r}."
+        )
+    if len(penalties) > 1 and validation is None:
+        raise ValueError(
+            "Several penalties need validation rows to choose by. Received: validation=None and "
+            f"l2={l2!r}. Pass validation=0.1 or a store, or one penalty."
+        )
+    return tuple(sorted(penalties, reverse=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of a split: which ones of which store."""
+
+    store: FeatureStore
+    places: np.ndarray  # sorted
+
+    def labels(self, target: str | None) -> np.ndarray:
+        return self.store.labels(target)[self.places]
+
+    def weights(self, target: str | None) -> np.ndarray:
+        weights = self.store.sample_weight(target)
+        return np.ones(len(self.places), "float32") if weights is None else weights[self.places]
+
+    def blocks(self, tap: str) -> Iterator[tuple[np.ndarray, slice]]:
+        """Reads a tap's features, float32, and the place of each block among the split's rows.
+
+        The next block is read while one is in use.
+        """
+        stored = self.store.features(tap)
+        step = max(1, READ_ROWS // self.store.chunk_rows) * self.store.chunk_rows
+        edges = np.searchsorted(self.places, range(0, len(stored) + step, step))
+        starts = [i for i, (low, high) in enumerate(itertools.pairwise(edges)) if low < high]
+
+        def read(i: int) -> tuple[np.ndarray, slice]:
+            here = slice(int(edges[i]), int(edges[i + 1]))
+            block = stored[i * step : (i + 1) * step][self.places[here] - i * step]
+            return block.astype("float32", copy=False), here
+
+        with concurrent.futures.ThreadPoolExecutor(1, "keras_probes_reader") as pool:
+            ahead = [pool.submit(read, i) for i in starts[:1]]
+            for i in [*starts[1:], None]:
+                block = ahead.pop().result()
+                if i is not None:
+                    ahead.append(pool.submit(read, i))
+                yield block
+
+
+def _splits(
+    store: FeatureStore,
+    validation: FeatureStore | float | None,
+    test: FeatureStore | float | None,
+    seed: int,
+) -> dict[Split, _Rows]:
+    store.check_complete()
+    order = np.random.default_rng(seed).permutation(len(store))
+    given: tuple[tuple[Split, Any], ...] = (("validation", validation), ("test", test))
+    splits: dict[Split, _Rows] = {}
+    for name, wanted in given:
+        if isinstance(wanted, FeatureStore):
+            wanted.check_complete()
+            wanted.check_same_features(store)
+            splits[name] = _Rows(wanted, np.arange(len(wanted)))
+        elif wanted is not None:
+            if (
+                isinstance(wanted, bool)
+                or not isinstance(wanted, (int, float))
+                or not 0 < wanted < 1
+            ):
+                raise ValueError(
+                    f"Expected `{name}` to be a feature store, a fraction between 0 and 1, or "
+                    f"None. Received: {name}={wanted!r}."
+                )
+            count = max(1, round(wanted * len(store)))
+            splits[name] = _Rows(store, np.sort(order[:count]))
+            order = order[count:]
+    if not len(order):
+        raise ValueError(
+            f"No rows are left to train on. Received: {len(store)} rows, "
+            f"validation={validation!r}, test={test!r}."
+        )
+    return {"train": _Rows(store, np.sort(order)), **splits}
+
+
+class _Features:
+    """One tap's features, standardised by the finite training rows, split by split.
+
+    What fits into memory is read once and held; the rest is read anew at every pass.
+    """
+
+    def __init__(self, tap: str, splits: dict[Split, _Rows], memory: int):
+        self.tap, self.splits = tap, splits
+        self.mean, self.scale = self._statistics()
+        self._held: dict[Split, list[tuple[tf.Tensor, slice]]] = {}
+        self.finite = {
+            split: np.ones(len(rows.places), "float32") for split, rows in splits.items()
+        }
+        for split, rows in sorted(splits.items(), key=lambda item: len(item[1].places)):
+            memory -= 4 * len(rows.places) * len(self.mean)
+            if memory >= 0:
+                self._held[split] = list(self._read(split))
+            else:
+                for _ in self._read(split):  # to know which rows are finite
+                    pass
+        self._warn_of_nonfinite()
+
+    def blocks(self, split: Split) -> Iterable[tuple[tf.Tensor, slice]]:
+        """Standardised features, float32, and the place of each block among the split's rows."""
+        return self._held[split] if split in self._held else self._read(split)
+
+    def _read(self, split: Split) -> Iterator[tuple[tf.Tensor, slice]]:
+        mean, scale = self.mean.astype("float32"), self.scale.astype("float32")
+        for block, here in self.splits[split].blocks(self.tap):
+            finite = np.isfinite(block).all(axis=1)
+            self.finite[split][here] = finite
+            z = (block - mean) * scale
+            yield tf.constant(z if finite.all() else np.where(finite[:, None], z, 0.0)), here
+
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and 1 / standard deviation in float64, merged block by block (Chan et al. 1979)."""
+        count, mean, squares = 0, np.zeros(()), np.zeros(())
+        for raw, _ in self.splits["train"].blocks(self.tap):
+            block = raw[np.isfinite(raw).all(axis=1)].astype("float64")
+            if not len(block):
+                continue
+            total = count + len(block)
+            of_block = block.mean(axis=0)
+            shift = of_block - mean
+            squares = squares + ((block - of_block) ** 2).sum(axis=0)
+            squares = squares + shift**2 * (count * len(block) / total)
+            mean, count = mean + shift * (len(block) / total), total
+        if not count:
+            raise ValueError(
+                f"Tap {self.tap!r} has no training row with finite features. Leave it out of "
+                "taps=, or find out where the host computes NaN or infinite values."
+            )
+        variance = squares / count
+        # A spread that is no more than the rounding of float32 is none.
+        varies = variance > 1e-13 * mean**2 + 1e-60
+        scale = np.where(varies, 1.0 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
+        return mean, scale
+
+    def _warn_of_nonfinite(self) -> None:
+        for split, finite in self.finite.items():
+            rows = self.splits[split].places[finite == 0]
+            if len(rows):
+                shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+                warnings.warn(
+                    f"Tap {self.tap!r} has NaN or infinite features in {len(rows)} {split} rows: "
+                    f"{shown}. They are left out and counted as nonfinite. If they were stored as "
+                    "float16, values past 65,504 are infinite: extract as float32 or bfloat16.",
+                    stacklevel=4,
+                )
+
+
+class _TapFit:
+    """The probe of one tap and target: its penalty, its fit and its measures."""
+
+    def __init__(
+        self,
+        features: _Features,
+        target: str | None,
+        num_classes: int,
+        penalties: Sequence[float],
+        tol: float,
+        max_iterations: int,
+    ):
+        self._features, self._target, self._num_classes = features, target, num_classes
+        self._labels = {split: rows.labels(target) for split, rows in features.splits.items()}
+        self._weights = {split: rows.weights(target) for split, rows in features.splits.items()}
+        weights = self._weights["train"] * features.finite["train"]
+        self._seen = np.unique(self._labels["train"][weights > 0])
+        self._check_classes()
+        compact = np.searchsorted(self._seen, self._labels["train"])
+        problem = Problem(self._blocks(compact, weights), len(features.mean), len(self._seen))
+        self._fit = self._solve(problem, penalties, tol, max_iterations)
+        if not self._fit.converged:
+            self._warn_of_distance(tol)
+
+    def _solve(
+        self, problem: Problem, penalties: Sequence[float], tol: float, max_iterations: int
+    ) -> Fit:
+        start, penalty = None, penalties[0]
+        if len(penalties) > 1:
+            found: list[tuple[float, Fit]] = []
+            for one in penalties:
+                path_tol = max(tol, PATH_TOL)
+                fit = fit_softmax(problem, one, start=start, tol=path_tol, certify=False)
+                start = np.vstack([fit.kernel, fit.bias])
+                found.append((self._measured("validation", fit)["loss"], fit))
+                losses = [loss for loss, _ in found]
+                # Past the least loss, it only rises, and probes take ever longer.
+                if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
+                    break
+            _, best = min(found, key=lambda pair: pair[0])
+            start, penalty = np.vstack([best.kernel, best.bias]), best.l2
+        return fit_softmax(problem, penalty, start=start, tol=tol, max_iterations=max_iterations)
+
+    def _blocks(self, labels: np.ndarray, weights: np.ndarray) -> Callable[[], Iterator[Block]]:
+        def blocks() -> Iterator[Block]:
+            for z, here in self._features.blocks("train"):
+                yield z, tf.constant(labels[here], tf.int32), tf.constant(weights[here], tf.float32)
+
+        return blocks
+
+    def _measured(self, split: Split, fit: Fit) -> dict[str, float]:
+        """Every metric of a fit on a split, and `n` and `nonfinite`."""
+        kernel, bias = self._expanded(fit)
+        kernel, bias = tf.constant(kernel, tf.float32), tf.constant(bias, tf.float32)
+        totals = np.zeros(len(SUMS))
+        # The loss is that of classes the probe has seen: it gives no chance to others.
+        weights = self._weights[split] * np.isin(self._labels[split], self._seen)
+        for z, here in self._features.blocks(split):
+            logits = (tf.matmul(z, kernel) + bias)[None]
+            labels = tf.constant(self._labels[split][here], tf.int32)
+            finite = tf.constant(self._features.finite[split][here])[None]
+            sums = batch_sums(logits, labels, tf.constant(weights[here], tf.float32), finite)
+            totals += sums.numpy()[0]
+        sums = dict(zip(SUMS, totals.tolist(), strict=True))
+        counts = {"n": sums["count"], "nonfinite": sums["nonfinite"]}
+        return {**{metric: measure(metric, sums) for metric in METRICS}, **counts}
+
+    def _expanded(self, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+        """W and b for all classes; those without training examples are never predicted."""
+        kernel = np.zeros((len(fit.kernel), self._num_classes))
+        bias = np.full(self._num_classes, UNSEEN)
+        kernel[:, self._seen], bias[self._seen] = fit.kernel, fit.bias
+        return kernel, bias
+
+    def probe(self) -> Probe:
+        """The probe on raw features."""
+        kernel, bias = self._expanded(self._fit)
+        kernel = self._features.scale[:, None] * kernel
+        bias = bias - self._features.mean @ kernel
+        return Probe(kernel.astype("float32"), bias.astype("float32"))
+
+    def rows(self) -> list[Row]:
+        """All measures."""
+        self._measures = {
+            split: self._measured(split, self._fit) for split in self._features.splits
+        }
+        fit = {
+            "l2": self._fit.l2,
+            "iterations": self._fit.iterations,
+            "objective": self._fit.objective,
+            "gradient_norm": self._fit.gradient_norm,
+            "certificate": self._fit.certificate,
+            "converged": float(self._fit.converged),
+        }
+        rows = []
+        for split, measures in self._measures.items():
+            of_split = {metric: measures[metric] for metric in METRICS}
+            for metric, value in {**of_split, **(fit if split == "train" else {})}.items():
+                rows.append(
+                    Row(
+                        epoch=0,
+                        step=self._fit.iterations,
+                        split=split,
+                        target=self._target,
+                        tap=self._features.tap,
+                        metric=metric,
+                        value=value,
+                        n=int(measures["n"]),
+                        nonfinite=int(measures["nonfinite"]),
+                    )
+                )
+        return rows
+
+    def summary(self) -> str:
+        """A line on the probe."""
+        errors = [f"{split} {measures['error']:.4f}" for split, measures in self._measures.items()]
+        name = "" if self._target is None else f" ({self._target})"
+        return (
+            f"{self._features.tap}{name}: error {', '.join(errors)}; l2 {self._fit.l2:.1e}, "
+            f"at most {self._fit.certificate:.0e} above the optimum"
+        )
+
+    def _check_classes(self) -> None:
+        if len(self._seen) < 2:
+            raise ValueError(
+                "Expected training rows of at least 2 classes. Received: "
+                f"{len(self._seen)} in {len(self._labels['train'])} rows of tap "
+                f"{self._features.tap!r}. Is the data set whole?"
+            )
+        if len(self._seen) < self._num_classes:
+            unseen = np.setdiff1d(np.arange(self._num_classes), self._seen)
+            shown = ", ".join(map(str, unseen[:10])) + (", ..." if len(unseen) > 10 else "")
+            warnings.warn(
+                f"{len(unseen)} of {self._num_classes} classes have no training row: {shown}. The "
+                "probe never predicts them; their examples count as errors, and not in the loss.",
+                stacklevel=4,
+            )
+
+    def _warn_of_distance(self, tol: float) -> None:
+        warnings.warn(
+            f"The probe of tap {self._features.tap!r} is not proven optimal: its objective may be "
+            f"{self._fit.certificate:.1e} above the optimum, more than tol={tol:g}, after "
+            f"{self._fit.iterations} iterations at l2={self._fit.l2:g}. Raise max_iterations or "
+            "l2; a tol below 1e-12 is beyond the rounding of float64.",
+            stacklevel=4,
+        )

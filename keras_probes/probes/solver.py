@@ -1,0 +1,355 @@
+r"""The optimal probe: multinomial logistic regression with an l2 penalty, and how near it came.
+
+In: standardised features z, labels and weights of the training rows, in blocks. Out: W and b, with
+a certificate.
+
+**Problem.** n examples with features z_i in R^d, labels y_i among K classes and weights s_i >= 0
+that sum to S; u_i = z_i W + b, p_i = softmax(u_i). Minimise over W in R^(d x K) and b in R^K
+
+    F(W, b) = 1/S sum_i s_i (logsumexp(u_i) - u_i[y_i]) + l2/2 |W|^2.
+
+It is convex. With R_i = s_i (p_i - e[y_i]) its gradients are
+
+    dF/dW = G + l2 W,   G = Z'R / S,      dF/db = r = 1'R / S.
+
+**Certificate.** The Fenchel dual of F has a point for every prediction p' whose mean, class by
+class, is the mean of the labels; its value is a lower bound of F everywhere (weak duality):
+
+    1/S sum_i s_i entropy(p'_i) - |Z'(s (p' - e[y])) / S|^2 / (2 l2)  <=  F*.
+
+Where r = 0, p' = p will do, and the bound lies |dF/dW|^2 / (2 l2) below F(W, b). For r that is
+small but not 0, p' = (1 - t) p + t q with one q for all rows mends the means; entropy is concave,
+so that
+
+    F* >= (1 - t) (loss - <G, W> - <r, b>) - |(1 - t) G + t (m q' - C)|^2 / (2 l2),
+
+since the mean entropy of p is loss - <G, W> - <r, b>. Here C = Z'(s e[y]) / S, m = Z's / S, t is
+the least number for which q >= 0, and t q = t (mean of s e[y]) - (1 - t) r. The bound holds
+whatever way the point was found.
+
+**Tightness.** Alone, the bound at a point overstates its distance from the optimum by as much as
+the curvature of F exceeds l2, a hundredfold where l2 is small. So the solver looks ahead: it goes
+on from the point it will return, until the best lower bound it meets is close, compared to how far
+F has fallen since. Both numbers are known, so that it knows how tight its certificate is.
+
+**Method.** L-BFGS (Nocedal & Wright 2006, algorithm 7.4), whose initial inverse Hessian is that of
+the mean softmax: with Z'SZ/S = Q diag(lam) Q', and U diag(theta) U' the mean of diag(p_i) - p_i
+p_i', the Hessian is about lam x theta + l2 in the basis Q x U. Q serves all penalties; U is taken
+anew at every step. Tried and dropped: Newton's method with conjugate gradients (as many passes, and
+the last ones to no use), the diagonal of the mean softmax only (a third more passes).
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+import numpy as np
+import tensorflow as tf
+
+# float32 (rows, d), int32 (rows,), float32 (rows,)
+Block: TypeAlias = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+
+Pairs: TypeAlias = "collections.deque[tuple[np.ndarray, np.ndarray]]"  # of steps and changes
+
+MEMORY = 20  # pairs that L-BFGS keeps
+LOOK_AHEAD = {"float32": 20, "float64": 100}  # steps at most, to tighten a certificate
+SURE = 0.2  # the estimated distance is up to a few times too small
+TIGHT = 5.0  # times the true gap that a certificate may be, as far as can be known
+EIGENBASIS_UP_TO = 3000  # features; beyond, finding the basis costs more than it saves
+_ARMIJO = 1e-4
+_ROUNDING = {"float32": 1e-8, "float64": 1e-15}  # relative error of F
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A probe on standardised features, and how near it is to the optimum.
+
+    Attributes:
+        kernel: W, float64, shape (d, K).
+        bias: b, float64, shape (K,).
+        l2: The penalty.
+        objective: F(W, b), in nats.
+        gradient_norm: Euclidean norm of the gradient of F in W and b.
+        certificate: Upper bound on F(W, b) - F*, in nats; NaN if none was asked for.
+        iterations: Number of steps.
+        converged: Whether the certificate is within the tolerance.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    l2: float
+    objective: float
+    gradient_norm: float
+    certificate: float
+    iterations: int
+    converged: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """F and what comes of it at some W and b; the last row of `weights` and `gradient` is b's."""
+
+    weights: np.ndarray  # (d + 1, K)
+    loss: float
+    gradient: np.ndarray  # (d + 1, K)
+    softmax: np.ndarray  # (K, K): mean of diag(p) - p p'
+    l2: float
+    dtype: str  # of the products
+
+    @property
+    def objective(self) -> float:
+        return self.loss + self.l2 / 2 * float(np.sum(self.weights[:-1] ** 2))
+
+    @property
+    def bound(self) -> float:
+        """|dF/dW|^2 / (2 l2)."""
+        return float(np.sum(self.gradient[:-1] ** 2)) / (2 * self.l2)
+
+
+class Problem:
+    """The training rows of one tap and target.
+
+    Args:
+        blocks: Yields the rows, standardised, from the first on at every call.
+        n_features: d.
+        num_classes: K; each has a row.
+
+    Attributes:
+        passes: How often the rows were read.
+    """
+
+    def __init__(self, blocks: Callable[[], Iterable[Block]], n_features: int, num_classes: int):
+        self.passes = 0
+        self._blocks = blocks
+        self._shape = (n_features + 1, num_classes)
+        self._sum_of_squares()
+
+    def _sum_of_squares(self) -> None:
+        """One pass: the eigenbasis of Z'SZ/S, and what labels and features have in common."""
+        d, classes = self._shape[0] - 1, self._shape[1]
+        full = d <= EIGENBASIS_UP_TO
+        gram = np.zeros((d, d) if full else d)
+        in_common, counts = np.zeros((d, classes)), np.zeros(classes)
+        for z, labels, weights in self._read():
+            weighted = z * weights[:, None]
+            if full:
+                gram += tf.matmul(weighted, z, transpose_a=True).numpy()
+            else:
+                gram += tf.reduce_sum(weighted * z, axis=0).numpy()
+            of_class = tf.one_hot(labels, classes) * weights[:, None]
+            in_common += tf.matmul(z, of_class, transpose_a=True).numpy()
+            counts += np.sum(of_class.numpy(), axis=0, dtype="float64")
+        self.total = float(counts.sum())
+        self.frequencies = counts / self.total
+        self._in_common = in_common / self.total
+        self._basis: np.ndarray | None = None
+        variances = gram / self.total
+        if full:
+            variances, self._basis = np.linalg.eigh(variances)
+        self._variances = np.maximum(variances, 0.0)
+
+    def start(self) -> np.ndarray:
+        """W = 0 and the b that is best for it."""
+        weights = np.zeros(self._shape)
+        weights[-1] = np.log(self.frequencies)
+        return weights
+
+    def evaluate(self, weights: np.ndarray, l2: float, dtype: str = "float32") -> _Point:
+        """One pass over the rows; products are of `dtype`, sums over blocks of float64."""
+        kernel, bias = tf.constant(weights[:-1].T, dtype), tf.constant(weights[-1], dtype)
+        loss, gradient = 0.0, np.zeros(self._shape)
+        softmax = np.zeros(self._shape[1:] * 2)
+        for z, labels, row_weights in self._read():
+            sums = _sums(tf.cast(z, dtype), labels, tf.cast(row_weights, dtype), kernel, bias)
+            loss += float(sums[0])
+            gradient[:-1] += sums[1].numpy().T
+            gradient[-1] += sums[2].numpy()
+            softmax += sums[3].numpy()
+        gradient /= self.total
+        gradient[:-1] += l2 * weights[:-1]
+        return _Point(weights, loss / self.total, gradient, softmax / self.total, l2, dtype)
+
+    def scaled(self, gradient: np.ndarray, at: _Point) -> np.ndarray:
+        """An approximate inverse Hessian at a point, times `gradient`, shape (d + 1, K)."""
+        theta, basis = np.linalg.eigh(at.softmax)
+        theta = np.maximum(theta, 1e-8)
+        rotated = gradient @ basis
+        inner = rotated[:-1] if self._basis is None else self._basis.T @ rotated[:-1]
+        inner /= self._variances[:, None] * theta + at.l2
+        rotated[:-1] = inner if self._basis is None else self._basis @ inner
+        rotated[-1] /= theta
+        return rotated @ basis.T
+
+    def precise(self, point: _Point) -> _Point:
+        """The point in float64, with the best b for its W, so that r = 0 but for rounding."""
+        for _ in range(2):  # a Newton step squares the error of b, which is small already
+            weights = point.weights.copy()
+            weights[-1] -= np.linalg.pinv(point.softmax, hermitian=True) @ point.gradient[-1]
+            point = self.evaluate(weights, point.l2, "float64")
+        return point
+
+    def lower_bound(self, point: _Point) -> float:
+        """A number that no F(W, b) is below: see the module's description."""
+        kernel, bias = point.weights[:-1], point.weights[-1]
+        by_kernel = point.gradient[:-1] - point.l2 * kernel
+        by_bias = point.gradient[-1]
+        entropy = point.loss - np.sum(by_kernel * kernel) - by_bias @ bias
+        t = max(0.0, float(np.max(by_bias / np.maximum(self.frequencies + by_bias, 1e-300))))
+        q = t * self.frequencies - (1 - t) * by_bias  # times t
+        mean = self._in_common.sum(axis=1)
+        mended = (1 - t) * by_kernel + np.outer(mean, q) - t * self._in_common
+        return float((1 - t) * entropy - np.sum(mended**2) / (2 * point.l2))
+
+    def _read(self) -> Iterable[Block]:
+        self.passes += 1
+        return self._blocks()
+
+
+def fit_softmax(
+    problem: Problem,
+    l2: float,
+    *,
+    start: np.ndarray | None = None,
+    tol: float = 1e-6,
+    certify: bool = True,
+    max_iterations: int = 500,
+) -> Fit:
+    """Minimises F.
+
+    Args:
+        problem: The training rows.
+        l2: The penalty, more than 0.
+        start: W over b, shape (d + 1, K), to begin at.
+        tol: How far F may be above its optimum, in nats.
+        certify: Whether to prove it. If not, the solver's own estimate of the distance decides.
+        max_iterations: Number of steps after which to give up.
+
+    Returns:
+        The `Fit`.
+    """
+    point = problem.evaluate(problem.start() if start is None else start, l2)
+    pairs: Pairs = collections.deque(maxlen=MEMORY)
+    found: _Point | None = None  # what to return, once it is near enough
+    iterations = ahead = 0
+    certificate = math.nan
+    while True:
+        direction = _direction(problem, point, pairs)
+        slope = float(np.sum(point.gradient * direction))
+        # Half the slope is what a parabola of this curvature has left to fall.
+        if found is None and (slope / 2 <= SURE * tol or iterations >= max_iterations):
+            found, ahead = point, 0
+            if not certify:
+                break
+        if found is not None and point.bound <= (TIGHT - 1) * _fallen(found, point):
+            found, certificate = _certified(problem, found, point)
+            if certificate <= tol or iterations >= max_iterations:
+                break
+            found, ahead = point, 0  # the estimate was too good; this one is nearer
+        following = _line_search(problem, point, direction, slope)
+        if following is None or ahead == LOOK_AHEAD[point.dtype]:
+            if point.dtype == "float64":  # rounding ends here for good
+                found, certificate = _certified(problem, found or point, point)
+                break
+            # What float32 does not tell apart float64 does, at twice the time.
+            following = problem.evaluate(point.weights, l2, "float64")
+            found = found and problem.evaluate(found.weights, l2, "float64")
+        else:
+            change = following.gradient - point.gradient
+            pairs.append((following.weights - point.weights, change))
+            if np.sum(pairs[-1][0] * change) <= 0:
+                pairs.pop()
+            ahead += found is not None
+            iterations += found is None
+        point = following
+    converged = certificate <= tol if certify else iterations < max_iterations
+    return Fit(
+        kernel=found.weights[:-1],
+        bias=found.weights[-1],
+        l2=l2,
+        objective=found.objective,
+        gradient_norm=float(np.linalg.norm(found.gradient)),
+        certificate=certificate,
+        iterations=iterations,
+        converged=converged,
+    )
+
+
+def _fallen(found: _Point, point: _Point) -> float:
+    """How far F has fallen between two points, at least."""
+    return found.objective - point.objective - 0.1 * _ROUNDING[point.dtype] * abs(point.objective)
+
+
+def _certified(problem: Problem, found: _Point, ahead: _Point) -> tuple[_Point, float]:
+    """How far `found` can be from the optimum, by the lower bound ahead of it; it in float64."""
+    found = problem.evaluate(found.weights, found.l2, "float64")
+    bound = problem.lower_bound(problem.precise(ahead))
+    # F itself is known up to rounding, and no better is its distance from anything.
+    return found, max(found.objective - bound, 0.0) + 1e-15 * abs(found.objective)
+
+
+def _direction(problem: Problem, point: _Point, pairs: Pairs) -> np.ndarray:
+    """The L-BFGS inverse Hessian times the gradient: two loops over the pairs."""
+    direction = point.gradient.copy()
+    shares = []
+    for step, change in reversed(list(pairs)):
+        share = np.sum(step * direction) / np.sum(step * change)
+        direction -= share * change
+        shares.append((step, change, share))
+    direction = problem.scaled(direction, point)
+    for step, change, share in reversed(shares):
+        direction += step * (share - np.sum(change * direction) / np.sum(step * change))
+    return direction
+
+
+def _line_search(
+    problem: Problem, point: _Point, direction: np.ndarray, slope: float
+) -> _Point | None:
+    """Backtracks to a point that is low enough; `None` if there is none.
+
+    Where F no longer tells points apart for rounding, the slope does (Hager & Zhang 2005, section
+    4, "approximate Wolfe").
+    """
+    step = 1.0
+    for _ in range(20):
+        tried = problem.evaluate(point.weights - step * direction, point.l2, point.dtype)
+        rise = tried.objective - point.objective
+        if rise <= -_ARMIJO * step * slope:
+            return tried
+        slope_there = float(np.sum(tried.gradient * direction))
+        rounding = _ROUNDING[point.dtype] * abs(point.objective)
+        if rise <= rounding and -slope_there <= (1 - 2 * _ARMIJO) * slope:
+            return tried
+        # Where the parabola through both slopes has its lowest point, within bounds.
+        flatter = slope - slope_there
+        step *= float(np.clip(slope / flatter, 0.1, 0.5)) if flatter > 0 else 0.5
+    return None
+
+
+@tf.function(reduce_retracing=True, autograph=False)
+def _sums(
+    z: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """What a block adds to the loss, Z'R (transposed), 1'R and the softmax matrix.
+
+    Args:
+        z: Shape (rows, d).
+        labels: int32, shape (rows,).
+        weights: Shape (rows,).
+        kernel: W transposed, shape (K, d): products with it are the fastest that way round.
+        bias: Shape (K,).
+    """
+    logits = tf.matmul(z, kernel, transpose_b=True) + bias
+    is_label = tf.one_hot(labels, kernel.shape[0], dtype=z.dtype)
+    losses = weights * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    p = tf.nn.softmax(logits)
+    residual = weights[:, None] * (p - is_label)
+    weighted = weights[:, None] * p
+    softmax = tf.linalg.diag(tf.reduce_sum(weighted, 0)) - tf.matmul(weighted, p, transpose_a=True)
+    return (
+        tf.reduce_sum(tf.cast(losses, tf.float64)),
+        tf.matmul(residual, z, transpose_a=True),
+        tf.reduce_sum(residual, axis=0),
+        softmax,
+    )

@@ -1,0 +1,74 @@
+"""Data as Keras takes it, read once and in order.
+
+In: arrays, `tf.data`, `PyDataset`, a generator, a torch `DataLoader`. Out: batches of (x, y,
+sample_weight).
+
+Keras's own adapters read them, so that whatever `fit` takes is taken here; they are internal to
+Keras, and this is the only file that touches them.
+"""
+
+import dataclasses
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.trainers.data_adapters import get_data_adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Batches of some data, in order.
+
+    Attributes:
+        dataset: Yields them.
+        spec: Structure of their `tf.TensorSpec`, for any batch size.
+        rows: Number of examples; `None` if only reading will tell.
+        steps: Number of batches; likewise.
+    """
+
+    dataset: tf.data.Dataset
+    spec: Any
+    rows: int | None
+    steps: int | None
+
+
+def batches_of(data: Any, batch_size: int) -> Batches:
+    """Reads data as `fit` would, without shuffling.
+
+    Args:
+        data: A tuple (x, y) or (x, y, sample_weight) of arrays or structures of arrays, or a
+            `tf.data.Dataset`, `PyDataset`, generator or `DataLoader` that yields such tuples in
+            batches.
+        batch_size: Number of rows of a batch, for arrays; other data bring their own.
+
+    Raises:
+        ValueError: The data are empty, endless, or of a kind that Keras does not take.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    if not isinstance(data, (tuple, list)):
+        x, y, sample_weight = data, None, None
+    rows = _rows(x)
+    if rows == 0:
+        raise ValueError("The data are empty. Expected at least one example.")
+    adapter = get_data_adapter(x, y, sample_weight=sample_weight, batch_size=batch_size)
+    dataset = adapter.get_tf_dataset()
+    endless = int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
+    if endless or (isinstance(x, keras.utils.PyDataset) and adapter.num_batches is None):
+        raise ValueError(
+            "The data are endless. Expected data that end; cut them with dataset.take(batches)."
+        )
+
+    def any_batch_size(spec: Any) -> Any:
+        if isinstance(spec, tf.TensorSpec) and spec.shape.rank:
+            return tf.TensorSpec((None, *spec.shape[1:]), spec.dtype)
+        return spec
+
+    spec = tf.nest.map_structure(any_batch_size, dataset.element_spec)
+    return Batches(dataset, spec, rows, adapter.num_batches)
+
+
+def _rows(x: Any) -> int | None:
+    """Number of rows of arrays; `None` for anything else."""
+    leaves = keras.tree.flatten(x)
+    arrays = all(hasattr(leaf, "__array__") and hasattr(leaf, "shape") for leaf in leaves)
+    return int(leaves[0].shape[0]) if arrays and leaves else None
