@@ -247,7 +247,9 @@ def fit_softmax(
             if certificate <= tol or iterations >= max_iterations:
                 break
             found, ahead = point, 0  # the estimate was too good; this one is nearer
-        following = _line_search(problem, point, direction, slope)
+        # A fall much below the rounding of F is no way on.
+        sunk = slope / 2 <= 1e-2 * _ROUNDING[point.dtype] * abs(point.objective)
+        following = None if sunk else _line_search(problem, point, direction, slope)
         if following is None or ahead == LOOK_AHEAD[point.dtype]:
             if point.dtype == "float64":  # rounding ends here for good
                 found, certificate = _certified(problem, found or point, point)
@@ -341,7 +343,7 @@ def _sums(
         bias: Shape (K,).
     """
     logits = tf.matmul(z, kernel, transpose_b=True) + bias
-    is_label = tf.one_hot(labels, kernel.shape[0], dtype=z.dtype)
+    is_label = tf.one_hot(labels, tf.shape(kernel)[0], dtype=z.dtype)
     losses = weights * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     p = tf.nn.softmax(logits)
     residual = weights[:, None] * (p - is_label)

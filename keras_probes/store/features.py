@@ -15,8 +15,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
+import tensorflow as tf
 
 from keras_probes.results import TapInfo
 
@@ -315,7 +315,7 @@ class StoredArray:
 
     def __init__(self, array: Any, root: pathlib.Path, dtype: str, what: str):
         self.shape: tuple[int, ...] = array.shape
-        self.dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        self.dtype = np.dtype(tf.bfloat16.as_numpy_dtype if dtype == "bfloat16" else dtype)
         self.ndim = len(self.shape)
         self._array, self._root, self._what = array, root, what
 

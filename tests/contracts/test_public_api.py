@@ -14,11 +14,14 @@ from keras_probes import LinearProbeCallback
 
 def test_names():
     assert sorted(keras_probes.__all__) == [
+        "FeatureStore",
         "Flatten",
         "GlobalAverage",
         "LinearProbeCallback",
         "ProbeResults",
         "RandomFeatures",
+        "extract_features",
+        "fit_probes",
     ]
     assert all(hasattr(keras_probes, name) for name in keras_probes.__all__)
 
