@@ -66,7 +66,7 @@ def test_same_probe_as_scikit_learn(data, tmp_path):
     x, y = data
     train = extract(tmp_path / "train", (x[:300], y[:300]))
     held_out = extract(tmp_path / "test", (x[300:], y[300:]))
-    results = quiet(train, validation=None, test=held_out, l2=1e-2, tol=1e-8)
+    results = quiet(train, validation=None, test=held_out, l2=1e-2, tol=1e-10)
     h = train.features("input")[:]
     scaler = StandardScaler().fit(h.astype("float64"))
     theirs = LogisticRegression(C=1 / (300 * 1e-2), tol=1e-9, max_iter=5000)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hosts import compiled
 
+import keras_probes
+
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -74,7 +76,28 @@ def test_the_example_ends_in_the_table_and_the_files(tmp_path):
         assert (tmp_path / "out" / name).exists()
 
 
-def test_the_version_is_in_the_changelog():
-    import keras_probes
+def test_the_example_of_a_frozen_model(tmp_path, digits):
+    model = host()
+    model.save(tmp_path / "model.keras")
+    (x, y), (x_test, y_test) = digits
+    np.savez(tmp_path / "images.npz", x_train=x[..., 0] * 255, y_train=y,
+             x_test=x_test[..., 0] * 255, y_test=y_test)  # fmt: skip
+    command = [sys.executable, ROOT / "examples" / "frozen_model.py", "--out", "out"]
+    command += ["--model", "model.keras", "--data", "images.npz", "--reduce", "auto"]
+    run = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    results = keras_probes.ProbeResults.load(tmp_path / "out")
+    assert str(results) in run.stdout
+    assert results.table()["converged"].all()
+    assert len(keras_probes.FeatureStore(tmp_path / "out" / "features-test")) == len(x_test)
 
+
+def test_the_version_is_in_the_changelog():
     assert f"## {keras_probes.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
