@@ -163,17 +163,21 @@ def observed_surroundings(digits, callbacks):
     return random_states(), automatic_names()
 
 
+@pytest.fixture(scope="module")
+def plain_surroundings(digits):
+    return observed_surroundings(digits, list)
+
+
 @pytest.mark.parametrize("optimizer", [None, "sgd", "instance"])
-def test_nothing_is_taken_from_random_streams_or_names(digits, optimizer):
+def test_nothing_is_taken_from_random_streams_or_names(digits, plain_surroundings, optimizer):
     def probes():
         chosen = keras.optimizers.SGD(0.1, name="mine") if optimizer == "instance" else optimizer
-        return [LinearProbeCallback("all", reduce={"conv": "random"}, optimizer=chosen)]
+        return [LinearProbeCallback(["input", "conv"], reduce={"conv": "random"}, optimizer=chosen)]
 
-    assert observed_surroundings(digits, probes) == observed_surroundings(digits, list)
+    assert observed_surroundings(digits, probes) == plain_surroundings
 
 
-def test_an_unseeded_initializer_is_noticed(digits, monkeypatch):
-    plain = observed_surroundings(digits, list)
+def test_an_unseeded_initializer_is_noticed(digits, plain_surroundings, monkeypatch):
     make = heads.SoftmaxHeads.__init__
 
     def unseeded(self, *args, **kwargs):
@@ -181,4 +185,7 @@ def test_an_unseeded_initializer_is_noticed(digits, monkeypatch):
         keras.initializers.GlorotUniform()
 
     monkeypatch.setattr(heads.SoftmaxHeads, "__init__", unseeded)
-    assert observed_surroundings(digits, lambda: [LinearProbeCallback()])[0] != plain[0]
+    assert (
+        observed_surroundings(digits, lambda: [LinearProbeCallback("dense")])[0]
+        != (plain_surroundings[0])
+    )

@@ -66,7 +66,17 @@ def test_an_import_loads_no_heavy_package():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     loaded = json.loads(printed.splitlines()[-1])
-    heavy = {"matplotlib", "plotly", "tensorboard", "zarr", "pydot", "jinja2", "sklearn", "scipy"}
+    heavy = {
+        "matplotlib",
+        "plotly",
+        "tensorboard",
+        "zarr",
+        "pydot",
+        "jinja2",
+        "sklearn",
+        "scipy",
+        "tqdm",
+    }
     assert not heavy & set(loaded)
 
 
