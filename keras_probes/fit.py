@@ -68,6 +68,7 @@ def fit_probes(
         training objective minus the optimum, in nats.
 
     Raises:
+        TypeError: `store` is none.
         ValueError: An argument is out of its range, a tap is unknown, a store is not complete or of
             another host, labels are of one class only, or a chunk is damaged.
 
@@ -77,6 +78,11 @@ def fit_probes(
     """
     from tqdm import tqdm  # comes with the extra that zarr comes with
 
+    if not isinstance(store, FeatureStore):
+        raise TypeError(
+            "Expected a FeatureStore: what extract_features returns, or FeatureStore(path). "
+            f"Received: {store!r}."
+        )
     penalties = _penalties(l2, validation)
     names = [tap.name for tap in store.taps]
     for tap in taps if taps is not None else ():
@@ -140,7 +146,9 @@ class _Rows:
 
         def read(i: int) -> tuple[np.ndarray, slice]:
             here = slice(int(edges[i]), int(edges[i + 1]))
-            block = stored[i * step : (i + 1) * step][self.places[here] - i * step]
+            block = stored[i * step : (i + 1) * step]
+            if here.stop - here.start < len(block):
+                block = block[self.places[here] - i * step]
             return block.astype("float32", copy=False), here
 
         with concurrent.futures.ThreadPoolExecutor(1, "keras_probes_reader") as pool:
@@ -198,6 +206,7 @@ class _Features:
         self.tap, self.splits = tap, splits
         self.mean, self.scale = self._statistics()
         self._held: dict[Split, list[tuple[tf.Tensor, slice]]] = {}
+        self._checked: set[Split] = set()  # splits whose `finite` is known
         self.finite = {
             split: np.ones(len(rows.places), "float32") for split, rows in splits.items()
         }
@@ -217,10 +226,16 @@ class _Features:
     def _read(self, split: Split) -> Iterator[tuple[tf.Tensor, slice]]:
         mean, scale = self.mean.astype("float32"), self.scale.astype("float32")
         for block, here in self.splits[split].blocks(self.tap):
-            finite = np.isfinite(block).all(axis=1)
-            self.finite[split][here] = finite
-            z = (block - mean) * scale
-            yield tf.constant(z if finite.all() else np.where(finite[:, None], z, 0.0)), here
+            if split not in self._checked:
+                self.finite[split][here] = np.isfinite(block).all(axis=1)
+            finite = self.finite[split][here] > 0
+            # In place: the block is ours, and copies would cost as much as the reading.
+            block -= mean
+            block *= scale
+            if not finite.all():
+                block[~finite] = 0.0
+            yield tf.constant(block), here
+        self._checked.add(split)
 
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and 1 / standard deviation in float64, merged block by block (Chan et al. 1979)."""

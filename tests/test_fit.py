@@ -77,7 +77,8 @@ def test_same_probe_as_scikit_learn(data, tmp_path):
     loss = -np.log(theirs.predict_proba(h_test)[np.arange(len(h_test)), y[300:]]).mean()
     assert value(results, "input", "loss", "test") == pytest.approx(loss, rel=1e-4)
     ours = results.probe("input").predict(held_out.features("input")[:], verbose=0)
-    np.testing.assert_allclose(ours, theirs.predict_proba(h_test), atol=1e-4)
+    # At l2 1e-2, an objective within 1e-10 leaves W within 1.4e-4, and logits within 1e-3.
+    np.testing.assert_allclose(ours, theirs.predict_proba(h_test), atol=5e-4)
 
 
 def test_auto_takes_the_penalty_with_the_least_validation_loss(store, results):
@@ -264,6 +265,11 @@ def test_results_come_while_it_runs(store, capfd):
 def test_bad_arguments(store, options, message):
     with pytest.raises(ValueError, match=message):
         quiet(store, **options)
+
+
+def test_a_path_in_the_place_of_a_store(store):
+    with pytest.raises(TypeError, match=r"FeatureStore\(path\)"):
+        fit_probes(store.path)
 
 
 def test_validation_from_another_host(store, data, tmp_path):
