@@ -295,6 +295,7 @@ class _TapFit:
         compact = np.searchsorted(self._seen, self._labels["train"])
         problem = Problem(self._blocks(compact, weights), len(features.mean), len(self._seen))
         self._fit = self._solve(problem, penalties, tol, max_iterations)
+        self._measures = {split: self._measured(split, self._fit) for split in features.splits}
         if not self._fit.converged:
             self._warn_of_distance(tol)
 
@@ -357,9 +358,6 @@ class _TapFit:
 
     def rows(self) -> list[Row]:
         """All measures."""
-        self._measures = {
-            split: self._measured(split, self._fit) for split in self._features.splits
-        }
         fit = {
             "l2": self._fit.l2,
             "iterations": self._fit.iterations,

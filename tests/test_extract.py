@@ -111,31 +111,40 @@ def test_any_data_make_the_same_bytes(kind, whole, tmp_path):
     assert contents(tmp_path / "s") == contents(whole)
 
 
-@pytest.mark.parametrize("given", ["arrays", "generator"])
-def test_killed_it_goes_on_at_the_last_whole_chunk(given, whole, tmp_path):
-    """A process that kills itself while chunk 1 is half written; then a plain call."""
+def killed(path, at, given="None"):
+    """Runs an extraction that kills itself while it writes a file whose path has `at` in it."""
     script = f"""
         import os, signal, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         from test_extract import data, extract, generator
         from zarr.storage import _local
 
-        original, writes = _local._atomic_write, []
+        original = _local._atomic_write
 
         def atomic_write(path, *args, **options):
-            writes.append(path)
-            if "tap_001_dense/c/1" in str(path):
+            if {at!r} in str(path):
                 path.with_suffix(".0123.partial").write_bytes(b"half of it")
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(path, *args, **options)
 
         _local._atomic_write = atomic_write
-        extract({str(tmp_path / "s")!r}, {"generator()" if given == "generator" else None})
+        extract({str(path)!r}, {given})
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert run.returncode == -signal.SIGKILL
+    assert list(path.rglob("*.partial"))
+
+
+def test_killed_while_the_store_is_made_it_starts_anew(whole, tmp_path):
+    killed(tmp_path / "s", "tap_001_dense/zarr.json")
+    extract(tmp_path / "s")
+    assert contents(tmp_path / "s") == contents(whole)
+
+
+@pytest.mark.parametrize("given", ["arrays", "generator"])
+def test_killed_it_goes_on_at_the_last_whole_chunk(given, whole, tmp_path):
+    killed(tmp_path / "s", "tap_001_dense/c/1", "generator()" if given == "generator" else "None")
     assert not FeatureStore(tmp_path / "s").complete
-    assert list((tmp_path / "s").rglob("*.partial"))
     kept = tmp_path / "s" / "tap_001_dense" / "c" / "0" / "0"
     written = kept.stat().st_mtime_ns
     extract(tmp_path / "s", generator() if given == "generator" else None)

@@ -195,22 +195,20 @@ class FeatureStore:
             FileExistsError: Something that is no store is there.
         """
         path = pathlib.Path(path)
-        if (path / "zarr.json").exists():
-            store = cls(path)
-            store._refuse(
-                manifest,
-                _IDENTITY,
-                f"The store {str(path)!r} is of something else",
-                "Choose another path, or delete the store to extract anew.",
-            )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())) and not _is_ours(path):
             raise FileExistsError(
                 "Expected `path` to be a feature store, or a directory that is empty or not there. "
                 f"Received: path={str(path)!r}. Choose another path, or empty this one."
             )
-        else:
+        if not _has_manifest(path):
             _make_arrays(path, manifest, subsets)
-            store = cls(path)
+        store = cls(path)
+        store._refuse(
+            manifest,
+            _IDENTITY,
+            f"The store {str(path)!r} is of something else",
+            "Choose another path, or delete the store to extract anew.",
+        )
         store._group = _zarr().open_group(path, mode="r+", zarr_format=3)
         return store
 
@@ -378,6 +376,19 @@ def _zarr() -> Any:
     return zarr
 
 
+def _has_manifest(path: pathlib.Path) -> bool:
+    if not (path / "zarr.json").exists():
+        return False
+    return _MANIFEST in _zarr().open_group(path, mode="r", zarr_format=3).attrs
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    """Whether a directory is a store, or one whose making was interrupted."""
+    names = [file.name for file in path.iterdir()] if path.is_dir() else [""]
+    own = re.compile(r"zarr\.(json|\w+\.partial)|(tap|labels|weights)(_\d{3}_.*)?")
+    return _has_manifest(path) or all(own.fullmatch(name) for name in names)
+
+
 def _keys(manifest: Mapping[str, Any]) -> dict[ArrayName, str]:
     """Names of the arrays of rows: numbered, since names may hold what a path may not."""
 
@@ -434,20 +445,21 @@ def _make(
     dims: tuple[str, ...],
     about: Mapping[str, Any],
 ) -> Any:
-    """Makes an array, or opens the one that another worker has just made."""
+    """Makes an array, or opens the one that another worker or an earlier call has made."""
     zarr = _zarr()
-    if key in group:
+    try:
+        return group.create_array(
+            key,
+            shape=shape,
+            chunks=chunks,
+            dtype=dtype,
+            compressors=[zarr.codecs.Crc32cCodec()],
+            fill_value=_FILL[dtype],
+            dimension_names=dims,
+            attributes=about,
+        )
+    except zarr.errors.ContainsArrayError:
         return group[key]
-    return group.create_array(
-        key,
-        shape=shape,
-        chunks=chunks,
-        dtype=dtype,
-        compressors=[zarr.codecs.Crc32cCodec()],
-        fill_value=_FILL[dtype],
-        dimension_names=dims,
-        attributes=about,
-    )
 
 
 def _chunk_file(array: Any, root: pathlib.Path, chunk: int) -> pathlib.Path:
