@@ -247,9 +247,10 @@ def fit_softmax(
             found, ahead = point, 0
             if not certify:
                 break
-        if found is not None and point.bound <= (TIGHT - 1) * _fallen(found, point):
+        given_up = iterations >= max_iterations
+        if found is not None and (given_up or point.bound <= (TIGHT - 1) * _fallen(found, point)):
             found, certificate = _certified(problem, found, point)
-            if certificate <= tol or iterations >= max_iterations:
+            if certificate <= tol or given_up:
                 break
             found, ahead = point, 0  # the estimate was too good; this one is nearer
         # A fall much below the rounding of F is no way on.
