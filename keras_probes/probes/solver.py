@@ -249,7 +249,8 @@ def fit_softmax(
                 break
         given_up = iterations >= max_iterations
         if found is not None and (given_up or point.bound <= (TIGHT - 1) * _fallen(found, point)):
-            found, certificate = _certified(problem, found, point)
+            if given_up or found.objective - point.objective + point.bound <= tol:
+                found, certificate = _certified(problem, found, point)
             if certificate <= tol or given_up:
                 break
             found, ahead = point, 0  # the estimate was too good; this one is nearer
