@@ -178,6 +178,7 @@ def test_workers_share_a_store(given, whole, tmp_path):
     assert contents(tmp_path / "s") == contents(whole)
 
 
+@pytest.mark.slow
 def test_workers_at_the_same_time(whole, tmp_path):
     script = f"""
         import sys

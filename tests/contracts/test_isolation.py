@@ -14,6 +14,12 @@ from keras_probes import LinearProbeCallback
 from keras_probes.probes import heads
 from keras_probes.taps.reduce import StopGradient
 
+# XLA takes long to compile.
+JIT = [
+    pytest.param(False, id="plain"),
+    pytest.param(True, id="jit", marks=pytest.mark.slow),
+]
+
 
 def run(digits, callbacks, *, optimizer="adam", host=convnet, **options):
     """Trains a fresh host; its fingerprint, its own history and what `evaluate` returns."""
@@ -40,7 +46,7 @@ def run_plain(digits):
     return functools.cache(functools.partial(run, digits, ()))
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["plain", "jit"])
+@pytest.mark.parametrize("jit", JIT)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("mode", ["shared", "isolated"])
 def test_host_is_bit_identical(digits, run_plain, mode, optimizer, jit):
@@ -75,14 +81,14 @@ def gelu_host(seed=3):
     )
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["plain", "jit"])
+@pytest.mark.parametrize("jit", JIT)
 def test_isolated_mode_holds_where_a_tap_touches_a_fusion(digits, run_plain, jit):
     probes = LinearProbeCallback(["gelu:preactivation", "gelu", "norm"], mode="isolated")
     probed = run(digits, [probes], host=gelu_host, jit_compile=jit)
     assert probed == run_plain(host=gelu_host, jit_compile=jit)
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["plain", "jit"])
+@pytest.mark.parametrize("jit", JIT)
 def test_shared_mode_agrees_up_to_rounding_where_a_tap_touches_a_fusion(digits, run_plain, jit):
     probes = LinearProbeCallback(["gelu:preactivation", "gelu", "norm"])
     _, probed, _ = run(digits, [probes], host=gelu_host, jit_compile=jit)
