@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from keras_probes.taps.graph import call_at_inference, input_spec_of
+from keras_probes.results import Probe
+from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.plan import make_plan
-from keras_probes.taps.record import record_calls
 
 
 class AttachedProbes(keras.Model):
@@ -20,7 +19,7 @@ class AttachedProbes(keras.Model):
 
     Args:
         host: The host.
-        probes: By tap: W, shape (n_features, num_classes), and b, shape (num_classes,).
+        probes: The probes by tap.
         reductions: By tap: the configuration of what makes its features.
 
     Input: what the host takes.
@@ -30,7 +29,7 @@ class AttachedProbes(keras.Model):
     def __init__(
         self,
         host: keras.Model,
-        probes: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        probes: Mapping[str, Probe],
         reductions: Mapping[str, Any],
     ):
         super().__init__(name="attached_probes", trainable=False)
@@ -44,18 +43,16 @@ class AttachedProbes(keras.Model):
         self.host = host
         self._plan = make_plan(host, spec, list(probes), reduce, seed=0)
         for tap, n_features in self._plan.n_features.items():
-            if n_features != len(probes[tap][0]):
+            if n_features != len(probes[tap].kernel):
                 raise ValueError(
-                    f"Expected tap {tap!r} to have {len(probes[tap][0])} features, as when its "
+                    f"Expected tap {tap!r} to have {len(probes[tap].kernel)} features, as when its "
                     f"probe was fitted. Received: a model where it has {n_features}."
                 )
-        self._probes = {tap: tuple(map(tf.constant, probes[tap])) for tap in self._plan.n_features}
+        self._probes = {tap: probes[tap] for tap in self._plan.n_features}
 
     def call(self, inputs: Any) -> dict[str, tf.Tensor]:
-        with record_calls(self.host, self._plan.layers()) as recording, keras.StatelessScope():
-            call_at_inference(self.host, inputs)
-        features = self._plan.features(recording)
+        features = self._plan.features_of(inputs)
         return {
-            tap: tf.nn.softmax(tf.matmul(features[tap], kernel) + bias)
-            for tap, (kernel, bias) in self._probes.items()
+            tap: tf.nn.softmax(tf.matmul(features[tap], probe.kernel) + probe.bias)
+            for tap, probe in self._probes.items()
         }

@@ -22,9 +22,7 @@ import tensorflow as tf
 from keras_probes.probes.targets import Target, resolve_targets
 from keras_probes.store.features import DTYPES, FORMAT, ArrayName, FeatureStore
 from keras_probes.taps.batches import batches_of
-from keras_probes.taps.graph import call_at_inference
 from keras_probes.taps.plan import TapPlan, make_plan
-from keras_probes.taps.record import record_calls
 from keras_probes.taps.reduce import RandomFeatures, Reduce
 from keras_probes.taps.select import Selector
 
@@ -141,12 +139,8 @@ class _Step:
 
     def _forward(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        host = self._plan.host
-        # A stateless scope takes any assignment to a Keras variable upon itself.
-        with record_calls(host, self._plan.layers()) as recording, keras.StatelessScope():
-            call_at_inference(host, x)
         rows: dict[ArrayName, tf.Tensor] = {}
-        for tap, features in self._plan.features(recording).items():
+        for tap, features in self._plan.features_of(x).items():
             rows["tap", tap] = tf.cast(features, self._dtype)
         for target in self._targets:
             labels = target.labels(x, y)

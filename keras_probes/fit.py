@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras_probes.probes.measures import METRICS, SUMS, batch_sums, measure
 from keras_probes.probes.solver import Block, Fit, Problem, fit_softmax
 from keras_probes.results import Probe, ProbeResults, Row
-from keras_probes.store.features import FeatureStore
+from keras_probes.store.features import FeatureStore, StoredArray
 
 # The path of l2="auto": features are standardised, so that one serves every tap.
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(0, -4.5, 10))
@@ -134,12 +134,11 @@ class _Rows:
         weights = self.store.sample_weight(target)
         return np.ones(len(self.places), "float32") if weights is None else weights[self.places]
 
-    def blocks(self, tap: str) -> Iterator[tuple[np.ndarray, slice]]:
-        """Reads a tap's features, float32, and the place of each block among the split's rows.
+    def blocks(self, stored: StoredArray) -> Iterator[tuple[np.ndarray, slice]]:
+        """Reads features, float32, and the place of each block among the split's rows.
 
         The next block is read while one is in use.
         """
-        stored = self.store.features(tap)
         step = max(1, READ_ROWS // self.store.chunk_rows) * self.store.chunk_rows
         edges = np.searchsorted(self.places, range(0, len(stored) + step, step))
         starts = [i for i, (low, high) in enumerate(itertools.pairwise(edges)) if low < high]
@@ -204,6 +203,8 @@ class _Features:
 
     def __init__(self, tap: str, splits: dict[Split, _Rows], memory: int):
         self.tap, self.splits = tap, splits
+        # Opened once: that looks for every chunk's file, which is no work for every pass.
+        self._stored = {split: rows.store.features(tap) for split, rows in splits.items()}
         self.mean, self.scale = self._statistics()
         self._held: dict[Split, list[tuple[tf.Tensor, slice]]] = {}
         self._checked: set[Split] = set()  # splits whose `finite` is known
@@ -225,7 +226,7 @@ class _Features:
 
     def _read(self, split: Split) -> Iterator[tuple[tf.Tensor, slice]]:
         mean, scale = self.mean.astype("float32"), self.scale.astype("float32")
-        for block, here in self.splits[split].blocks(self.tap):
+        for block, here in self.splits[split].blocks(self._stored[split]):
             if split not in self._checked:
                 self.finite[split][here] = np.isfinite(block).all(axis=1)
             finite = self.finite[split][here] > 0
@@ -240,7 +241,7 @@ class _Features:
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and 1 / standard deviation in float64, merged block by block (Chan et al. 1979)."""
         count, mean, squares = 0, np.zeros(()), np.zeros(())
-        for raw, _ in self.splits["train"].blocks(self.tap):
+        for raw, _ in self.splits["train"].blocks(self._stored["train"]):
             block = raw[np.isfinite(raw).all(axis=1)].astype("float64")
             if not len(block):
                 continue

@@ -65,6 +65,11 @@ class TapInfo:
     reduction: str
     features: int
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "TapInfo":
+        """Made of its fields as JSON gives them back, with lists for tuples."""
+        return cls(**{**fields, "shape": tuple(fields["shape"])})
+
     @property
     def shape_text(self) -> str:
         """The shape as tables show it, such as `28 x 28 x 3`."""
@@ -278,8 +283,7 @@ class ProbeResults:
         from keras_probes.attach import AttachedProbes  # sees taps, which results do not
 
         probes = {tap.name: self._probe(tap.name, target) for tap in self.taps}
-        pairs = {tap: (probe.kernel, probe.bias) for tap, probe in probes.items()}
-        return AttachedProbes(model, pairs, self.reductions)
+        return AttachedProbes(model, probes, self.reductions)
 
     def _probe(self, tap: str, target: str | None) -> Probe:
         if (target, tap) not in self.probes:
@@ -402,7 +406,7 @@ class ProbeResults:
             keep_default_na=False,
             na_values={"value": [""]},
         )
-        taps = [TapInfo(**{**tap, "shape": tuple(tap["shape"])}) for tap in manifest["taps"]]
+        taps = [TapInfo.from_json(tap) for tap in manifest["taps"]]
         records: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
         rows = [Row(**{**record, "target": record["target"] or None}) for record in records]
         probes = {}

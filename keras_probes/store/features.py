@@ -87,15 +87,14 @@ class FeatureStore:
             )
         self.manifest: dict[str, Any] = dict(manifest)
         self.dtype: str = manifest["dtype"]
-        self.taps = [
-            TapInfo(**{**tap, "shape": tuple(tap["shape"])}) for tap in self.manifest["taps"]
-        ]
+        self.taps = [TapInfo.from_json(tap) for tap in self.manifest["taps"]]
         self.targets: dict[str | None, int] = {
             target["name"]: target["num_classes"] for target in manifest["targets"]
         }
         self.class_names: list[str] | None = manifest["class_names"]
         self.host: dict[str, str] = manifest["host"]
         self.versions: dict[str, str] = manifest["versions"]
+        self._keys = _keys(self.manifest)
 
     def __repr__(self) -> str:
         rows = f"{len(self):,} rows" if self.complete else "not complete"
@@ -128,7 +127,7 @@ class FeatureStore:
 
     def kept(self, tap: str) -> np.ndarray | None:
         """Places in a tap's flattened output of the random subset that was kept, int32, or None."""
-        key = _subset_key(_keys(self.manifest)["tap", tap])
+        key = _subset_key(self._keys["tap", tap])
         return self._group[key][:] if key in self._group else None
 
     def labels(self, target: str | None = None) -> np.ndarray:
@@ -226,7 +225,7 @@ class FeatureStore:
         """
         start = chunk * self.chunk_rows
         try:
-            for name, key in _keys(self.manifest).items():
+            for name, key in self._keys.items():
                 array, rows = self._group[key].with_config(_WRITE), arrays[name]
                 stop = start + len(rows)
                 if array.shape[0] < stop:
@@ -242,7 +241,7 @@ class FeatureStore:
 
     def finish(self, rows: int) -> None:
         """Says how many rows there are, once that is known."""
-        for key in _keys(self.manifest).values():
+        for key in self._keys.values():
             array = self._group[key]
             if array.shape[0] != rows:
                 array.resize((rows, *array.shape[1:]))
@@ -259,7 +258,7 @@ class FeatureStore:
             return None
         rows = slice(chunk * self.chunk_rows, (chunk + 1) * self.chunk_rows)
         read = {}
-        for name, key in _keys(self.manifest).items():
+        for name, key in self._keys.items():
             try:
                 read[name] = self._group[key][rows]
             except Exception:  # whatever a damaged file makes of the reader
@@ -278,12 +277,14 @@ class FeatureStore:
             raise ValueError(f"{what}: {'; '.join(found[:5])}{more}. {remedy}")
 
     def _has_files(self, chunk: int) -> bool:
-        keys = _keys(self.manifest).values()
-        return all(_chunk_file(self._group[key], self.path, chunk).exists() for key in keys)
+        return all(
+            _chunk_file(self.path / key, chunk, 2 if kind == "tap" else 1).exists()
+            for (kind, _), key in self._keys.items()
+        )
 
     def _array(self, name: ArrayName) -> "StoredArray":
         self.check_complete()
-        array = self._group[_keys(self.manifest)[name]]
+        array = self._group[self._keys[name]]
         dtype = self.dtype if name[0] == "tap" else array.dtype.name
         what = name[0] if name[1] is None else f"{name[0]} {name[1]!r}"
         return StoredArray(array, self.path, dtype, what)
@@ -317,6 +318,9 @@ class StoredArray:
         self.ndim = len(self.shape)
         self._array, self._root, self._what = array, root, what
 
+    def _file(self, chunk: int) -> pathlib.Path:
+        return _chunk_file(self._root / self._array.path, chunk, self.ndim)
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -344,7 +348,7 @@ class StoredArray:
         chunks = np.unique(rows // self._array.chunks[0])
         # Zarr takes a missing chunk for one that was never written, and fills it in.
         for chunk in chunks:
-            if not _chunk_file(self._array, self._root, chunk).exists():
+            if not self._file(chunk).exists():
                 raise self._damaged(chunk, "is missing")
         try:
             return np.asarray(read())
@@ -361,7 +365,7 @@ class StoredArray:
         stop = min(len(self), (chunk + 1) * size)
         return ValueError(
             f"Chunk {chunk} of {self._what}, rows {chunk * size} to {stop - 1}, {how}: "
-            f"{_chunk_file(self._array, self._root, chunk)}. Run extract_features again with the "
+            f"{self._file(chunk)}. Run extract_features again with the "
             "same arguments: it computes what is not whole anew."
         )
 
@@ -462,8 +466,8 @@ def _make(
         return group[key]
 
 
-def _chunk_file(array: Any, root: pathlib.Path, chunk: int) -> pathlib.Path:
-    return root / array.path / "c" / "/".join([str(chunk)] + ["0"] * (array.ndim - 1))
+def _chunk_file(array: pathlib.Path, chunk: int, ndim: int) -> pathlib.Path:
+    return array.joinpath("c", str(chunk), *["0"] * (ndim - 1))
 
 
 def _differences(what: str, stored: Any, received: Any) -> Iterator[str]:

@@ -12,8 +12,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_probes.taps.graph import HostGraph, Tap, trace
-from keras_probes.taps.record import Recording
+from keras_probes.taps.graph import HostGraph, Tap, call_at_inference, trace
+from keras_probes.taps.record import Recording, record_calls
 from keras_probes.taps.reduce import Reduce, StopGradient, reduction_for
 from keras_probes.taps.select import Selector, glob_match, nearest, select
 
@@ -102,6 +102,17 @@ class TapPlan:
                     'Use mode="isolated", or leave it out of `layers`.'
                 )
         return {t.tap.name: t.features(recording.tensors[t.tap.site]) for t in self.taps}
+
+    def features_of(self, x: Any) -> dict[str, tf.Tensor]:
+        """Runs the host at inference and returns the features of each tap, as `features`.
+
+        Args:
+            x: What the host takes.
+        """
+        # A stateless scope takes any assignment to a Keras variable upon itself.
+        with record_calls(self.host, self.layers()) as recording, keras.StatelessScope():
+            call_at_inference(self.host, x)
+        return self.features(recording)
 
     def inputs(self) -> dict[str, keras.KerasTensor]:
         """Returns a Keras input for the host's tensor at each tap, by tap name."""

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import xarray
 from hosts import dense_net
 
 from keras_probes import FeatureStore, extract_features
@@ -64,7 +65,6 @@ def test_rows_are_read_as_numpy_has_it(made, rows):
 
 
 def test_others_read_it(made):
-    xarray = pytest.importorskip("xarray")
     path, x, _, y = made
     dataset = xarray.open_zarr(path, consolidated=False)
     np.testing.assert_array_equal(dataset["tap_000_input"], x)
