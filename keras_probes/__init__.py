@@ -8,7 +8,7 @@ from keras_probes.extract import extract_features
 from keras_probes.fit import fit_probes
 from keras_probes.results import ProbeResults
 from keras_probes.store.features import FeatureStore
-from keras_probes.taps.reduce import Flatten, GlobalAverage, RandomFeatures
+from keras_probes.taps.reduce import Flatten, GlobalAverage, RandomFeatures, SpatialPool, Token
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,8 @@ __all__ = [
     "LinearProbeCallback",
     "ProbeResults",
     "RandomFeatures",
+    "SpatialPool",
+    "Token",
     "extract_features",
     "fit_probes",
 ]

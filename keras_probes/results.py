@@ -403,6 +403,7 @@ class ProbeResults:
         frame = pd.read_csv(
             io.BytesIO(contents["measures"]),
             dtype=types,
+            float_precision="round_trip",  # pandas 2's own parser loses the last digits
             keep_default_na=False,
             na_values={"value": [""]},
         )

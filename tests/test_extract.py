@@ -141,7 +141,7 @@ def test_killed_while_the_store_is_made_it_starts_anew(whole, tmp_path):
     assert contents(tmp_path / "s") == contents(whole)
 
 
-@pytest.mark.parametrize("given", ["arrays", "generator"])
+@pytest.mark.parametrize("given", ["arrays", pytest.param("generator", marks=pytest.mark.slow)])
 def test_killed_it_goes_on_at_the_last_whole_chunk(given, whole, tmp_path):
     killed(tmp_path / "s", "tap_001_dense/c/1", "generator()" if given == "generator" else "None")
     assert not FeatureStore(tmp_path / "s").complete

@@ -81,9 +81,7 @@ class RandomFeatures(_Reduction):
 
     def __init__(self, n: int = AUTO_FEATURES, seed: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        if int(n) != n or n < 1:
-            raise ValueError(f"Expected `n` to be a positive integer. Received: n={n!r}.")
-        self.n = int(n)
+        self.n = _positive_integer("n", n)
         self.seed = seed
 
     def build(self, input_shape):
@@ -109,8 +107,31 @@ class RandomFeatures(_Reduction):
         return {**super().get_config(), "n": self.n, "seed": self.seed}
 
 
+class _Positional(_Reduction):
+    """A reduction that tells channels from positions."""
+
+    def __init__(self, data_format: str | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        if data_format not in (None, "channels_last", "channels_first"):
+            raise ValueError(
+                'Expected `data_format` to be "channels_last" or "channels_first". '
+                f"Received: data_format={data_format!r}."
+            )
+        self.data_format = data_format
+
+    def get_config(self):
+        return {**super().get_config(), "data_format": self.data_format}
+
+    def _channel_axis(self, rank: int) -> int:
+        first = (self.data_format or keras.config.image_data_format()) == "channels_first"
+        return 1 if first and rank > 2 else rank - 1
+
+    def _position_axes(self, rank: int) -> tuple[int, ...]:
+        return tuple(axis for axis in range(1, rank) if axis != self._channel_axis(rank))
+
+
 @keras.saving.register_keras_serializable(package="keras_probes")
-class GlobalAverage(_Reduction):
+class GlobalAverage(_Positional):
     """The mean over all positions of each channel (paper, section 3.4, third suggestion).
 
     Serves sequences, images and volumes; a tap without positions passes through. Time steps that
@@ -123,15 +144,6 @@ class GlobalAverage(_Reduction):
     Input: any dtype, shape (batch, ..., channels) or (batch, channels, ...).
     Output: float32, shape (batch, channels).
     """
-
-    def __init__(self, data_format: str | None = None, **kwargs: Any):
-        super().__init__(**kwargs)
-        if data_format not in (None, "channels_last", "channels_first"):
-            raise ValueError(
-                'Expected `data_format` to be "channels_last" or "channels_first". '
-                f"Received: data_format={data_format!r}."
-            )
-        self.data_format = data_format
 
     def call(self, inputs, mask=None):
         x = ops.cast(inputs, "float32")  # half precision would lose digits in a long sum
@@ -152,15 +164,127 @@ class GlobalAverage(_Reduction):
             return (input_shape[0], 1)
         return (input_shape[0], input_shape[self._channel_axis(len(input_shape))])
 
+
+@keras.saving.register_keras_serializable(package="keras_probes")
+class SpatialPool(_Positional):
+    """Averages over the cells of the finest grid that keeps within a number of features.
+
+    What benchmarks over many layers do (Goyal et al. 2019, "Scaling and benchmarking
+    self-supervised visual representation learning"): layers of any resolution come to about the
+    same number of features, and keep some of where things are. A grid has k cells along each axis
+    of positions, or as many as there are positions; cells overlap where k is no divisor, as in
+    adaptive pooling. Time steps that the host's mask leaves out do not count.
+
+    Args:
+        max_features: Most features that a tap may come to, channels times cells.
+        data_format: As for `GlobalAverage`.
+
+    Input: any dtype, shape (batch, ..., channels) or (batch, channels, ...), static but for the
+        batch.
+    Output: float32, shape (batch, channels * cells), all cells of a channel side by side.
+    """
+
+    def __init__(
+        self, max_features: int = AUTO_FEATURES, data_format: str | None = None, **kwargs: Any
+    ):
+        super().__init__(data_format, **kwargs)
+        self.max_features = _positive_integer("max_features", max_features)
+
+    def call(self, inputs, mask=None):
+        grid, axis = self._grid(inputs.shape), self._channel_axis(len(inputs.shape))
+        x = ops.moveaxis(ops.cast(inputs, "float32"), axis, -1)
+        if mask is None:
+            return ops.reshape(_pooled(x, grid), (-1, x.shape[-1] * int(np.prod(grid))))
+        weights = ops.cast(mask, "float32")
+        while len(weights.shape) < len(x.shape):
+            weights = ops.expand_dims(weights, -1)
+        weights = ops.broadcast_to(weights, ops.shape(x))
+        pooled = ops.divide_no_nan(_pooled(x * weights, grid), _pooled(weights, grid))
+        return ops.reshape(pooled, (-1, x.shape[-1] * int(np.prod(grid))))
+
+    def compute_output_shape(self, input_shape):
+        if None in input_shape[1:]:
+            return (input_shape[0], None)
+        channels = input_shape[self._channel_axis(len(input_shape))]
+        return (input_shape[0], channels * int(np.prod(self._grid(input_shape))))
+
     def get_config(self):
-        return {**super().get_config(), "data_format": self.data_format}
+        return {**super().get_config(), "max_features": self.max_features}
 
-    def _channel_axis(self, rank: int) -> int:
-        first = (self.data_format or keras.config.image_data_format()) == "channels_first"
-        return 1 if first and rank > 2 else rank - 1
+    def _grid(self, shape) -> list[int]:
+        """Number of cells along each axis of positions."""
+        sizes = [int(shape[axis]) for axis in self._position_axes(len(shape))]
+        channels = int(shape[self._channel_axis(len(shape))])
+        for k in range(max(sizes, default=1), 0, -1):
+            grid = [min(k, size) for size in sizes]
+            if channels * np.prod(grid) <= self.max_features:
+                return grid
+        raise ValueError(
+            f"SpatialPool(max_features={self.max_features}) keeps every channel. Received: "
+            f"{channels} channels. Raise max_features, or use RandomFeatures."
+        )
 
-    def _position_axes(self, rank: int) -> tuple[int, ...]:
-        return tuple(axis for axis in range(1, rank) if axis != self._channel_axis(rank))
+
+def _pooled(x, grid: list[int]):
+    """Averages cells: (batch, *sizes, channels) -> (batch, channels, *grid)."""
+    for cells in grid:
+        size = x.shape[1]
+        matrix = np.zeros((size, cells), "float32")
+        for cell in range(cells):
+            here = slice(cell * size // cells, -(-(cell + 1) * size // cells))
+            matrix[here, cell] = 1.0 / (here.stop - here.start)
+        x = ops.tensordot(x, matrix, axes=[[1], [0]])  # the axis moves to the end
+    return x
+
+
+@keras.saving.register_keras_serializable(package="keras_probes")
+class Token(_Reduction):
+    """All features of one step of a sequence: a class token, or the last step that counts.
+
+    Args:
+        index: Which step, from 0; or from -1 backwards, from the last one that the host's mask does
+            not leave out.
+
+    Input: any dtype, shape (batch, steps, ...), static but for batch and steps.
+    Output: float32, shape (batch, n_features).
+    """
+
+    def __init__(self, index: int = 0, **kwargs: Any):
+        super().__init__(**kwargs)
+        if isinstance(index, bool) or int(index) != index:
+            raise ValueError(f"Expected `index` to be an integer. Received: index={index!r}.")
+        self.index = int(index)
+
+    def call(self, inputs, mask=None):
+        size = self.compute_output_shape(inputs.shape)[1]
+        if mask is None or self.index >= 0:
+            return ops.cast(ops.reshape(inputs[:, self.index], (-1, size)), "float32")
+        steps = ops.where(mask, ops.arange(ops.shape(inputs)[1], dtype="int32"), -1)
+        place = ops.maximum(ops.max(steps, axis=1) + 1 + self.index, 0)
+        flat = ops.reshape(inputs, (-1, ops.shape(inputs)[1], size))
+        taken = ops.take_along_axis(flat, place[:, None, None], axis=1)
+        return ops.cast(taken[:, 0], "float32")
+
+    def compute_output_shape(self, input_shape):
+        if len(input_shape) < 3:
+            raise ValueError(
+                f"Token takes a step of a sequence, (batch, steps, ...). Received: {input_shape}."
+            )
+        steps = input_shape[1]
+        if steps is not None and not -steps <= self.index < steps:
+            raise ValueError(f"There is no step {self.index}. Received: {steps} steps.")
+        if None in input_shape[2:]:
+            return (input_shape[0], None)
+        return (input_shape[0], _size((input_shape[0], *input_shape[2:])))
+
+    def get_config(self):
+        return {**super().get_config(), "index": self.index}
+
+
+def _positive_integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise ValueError(f"Expected `{name}` to be a positive integer. Received: {name}={value!r}.")
+    return int(value)
 
 
 def _size(shape) -> int:
@@ -225,14 +349,17 @@ def _named_copy(tap: Tap, layer: keras.layers.Layer, seed: int, name: str) -> ke
     config = {**layer.get_config(), "name": name}
     if isinstance(layer, RandomFeatures) and layer.seed is None:
         config["seed"] = _tap_seed(seed, tap)
-    if isinstance(layer, GlobalAverage) and layer.data_format is None:
+    if isinstance(layer, _Positional) and layer.data_format is None:
         config["data_format"] = _data_format(tap)
     return type(layer).from_config(config)
 
 
 def _check_shape(tap: Tap, layer: keras.layers.Layer) -> None:
-    if tap.shape is not None and (_is_static(tap) or isinstance(layer, GlobalAverage)):
-        shape = tuple(layer.compute_output_shape(tap.shape))
+    if tap.shape is not None and (_is_static(tap) or isinstance(layer, (GlobalAverage, Token))):
+        try:
+            shape = tuple(layer.compute_output_shape(tap.shape))
+        except ValueError as error:
+            raise ValueError(f"Tap {tap.name!r} of shape {tap.shape}: {error}") from error
         if len(shape) == 2 and shape[1] is not None:
             return
         if _is_static(tap):

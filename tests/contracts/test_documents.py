@@ -66,6 +66,7 @@ def run_example(name, directory, *arguments):
     return run.stdout
 
 
+@pytest.mark.slow
 def test_the_example_ends_in_the_table_and_the_files(tmp_path):
     printed = run_example("mnist_convnet.py", tmp_path, "--epochs", "1")
     taps = ["input", "conv1_preact", "conv1_postact", "conv1_postpool", "conv2_preact"]
@@ -82,6 +83,7 @@ def test_the_example_ends_in_the_table_and_the_files(tmp_path):
         assert (tmp_path / "out" / name).exists()
 
 
+@pytest.mark.slow
 def test_the_example_of_a_frozen_model(tmp_path, digits):
     host().save(tmp_path / "model.keras")
     (x, y), (x_test, y_test) = digits

@@ -47,7 +47,7 @@ def run_plain(digits):
 
 
 @pytest.mark.parametrize("jit", JIT)
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("sgd", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["shared", "isolated"])
 def test_host_is_bit_identical(digits, run_plain, mode, optimizer, jit):
     layers = ["conv", "dense"] if jit else "auto"

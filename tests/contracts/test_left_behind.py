@@ -80,20 +80,21 @@ def uses(host, digits):
     )
 
 
-STOPS = [
-    ("on_train_batch_end", RuntimeError("ours")),
-    ("on_train_batch_begin", KeyboardInterrupt()),
-    ("on_test_batch_end", KeyboardInterrupt()),
-    ("on_test_begin", RuntimeError("ours")),
-    ("on_epoch_end", RuntimeError("ours")),
-]
+STOPS = {
+    "on_train_batch_end": RuntimeError("ours"),
+    "on_train_batch_begin": KeyboardInterrupt(),
+    "on_test_batch_end": KeyboardInterrupt(),
+    "on_test_begin": RuntimeError("ours"),
+    "on_epoch_end": RuntimeError("ours"),
+}
+QUICK = ("on_train_batch_end", "on_test_batch_end")
 
 
-def interrupted(digits, at, error, *callbacks):
+def interrupted(digits, at, *callbacks):
     """What a host does after a fit that was interrupted."""
     host = compiled(dense_net())
-    with pytest.raises(type(error)):
-        fit(host, digits, *callbacks, Stop(at, error))
+    with pytest.raises(type(STOPS[at])):
+        fit(host, digits, *callbacks, Stop(at, STOPS[at]))
     return uses(host, digits)
 
 
@@ -103,12 +104,14 @@ def interrupted_plain(digits):
     return functools.cache(functools.partial(interrupted, digits))
 
 
-@pytest.mark.parametrize(("at", "error"), STOPS, ids=[at for at, _ in STOPS])
+@pytest.mark.parametrize(
+    "at", [pytest.param(at, marks=() if at in QUICK else pytest.mark.slow) for at in STOPS]
+)
 def test_after_an_interrupted_fit_the_host_goes_on_as_a_plain_one(
-    digits, interrupted_plain, at, error, mode
+    digits, interrupted_plain, at, mode
 ):
-    probed = interrupted(digits, at, error, LinearProbeCallback("dense", mode=mode))
-    assert probed == interrupted_plain(at, error)
+    probed = interrupted(digits, at, LinearProbeCallback("dense", mode=mode))
+    assert probed == interrupted_plain(at)
 
 
 def test_an_error_within_the_step_takes_everything_off_at_once(digits, mode):
@@ -235,6 +238,7 @@ def test_exporting(digits, tmp_path):
     np.testing.assert_allclose(served, host.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_evaluate_by_another_callback_is_left_alone(digits, mode):
     (x, y), (xv, yv) = digits
 

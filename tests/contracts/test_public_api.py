@@ -20,6 +20,8 @@ def test_names():
         "LinearProbeCallback",
         "ProbeResults",
         "RandomFeatures",
+        "SpatialPool",
+        "Token",
         "extract_features",
         "fit_probes",
     ]

@@ -134,6 +134,7 @@ def test_a_batch_is_measured_before_its_update():
     assert probes.sums("train")[None]["tap"]["wrong"] == (labels != 0).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_training_comes_close_to_the_optimum_whatever_the_scale(scale):
     x, labels = blobs(3000, scale=scale)

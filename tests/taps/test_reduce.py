@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_probes import Flatten, GlobalAverage, RandomFeatures
+from keras_probes import Flatten, GlobalAverage, RandomFeatures, SpatialPool, Token
 from keras_probes.taps.graph import Site, Tap
 from keras_probes.taps.reduce import reduction_for
 
@@ -51,6 +51,103 @@ def test_global_average_takes_the_layers_own_data_format():
     conv = layers.Conv2D(5, 3, data_format="channels_first", name="conv")
     layer = reduced((None, 5, 8, 9), "gap", layer=conv)
     assert layer.compute_output_shape((None, 5, 8, 9)) == (None, 5)
+
+
+def adaptive_average(x, grid):
+    """Cells by hand, channels last: (batch, *sizes, channels) -> (batch, channels, *grid)."""
+    out = np.zeros((len(x), x.shape[-1], *grid))
+    for cell in np.ndindex(*grid):
+        here = [
+            slice(c * size // cells, int(np.ceil((c + 1) * size / cells)))
+            for c, size, cells in zip(cell, x.shape[1:-1], grid, strict=True)
+        ]
+        part = x[:, *here]
+        out[:, :, *cell] = part.mean(axis=tuple(range(1, part.ndim - 1)))
+    return out.reshape(len(x), -1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "budget", "grid"),
+    [
+        ((7, 6, 5), 1000, (7, 6)),
+        ((7, 6, 5), 209, (6, 6)),
+        ((7, 6, 5), 50, (3, 3)),
+        ((7, 6, 5), 5, (1, 1)),
+        ((9, 4), 12, (3,)),
+        ((4, 3, 5, 2), 60, (3, 3, 3)),
+        ((6,), 6, ()),
+    ],
+)
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_spatial_pool_is_the_finest_grid_within_its_budget(shape, budget, grid, data_format):
+    x = RNG.normal(size=(3, *shape)).astype("float32")
+    first = data_format == "channels_first" and len(shape) > 1
+    layer = SpatialPool(budget, data_format)
+    given = np.moveaxis(x, -1, 1) if first else x
+    np.testing.assert_allclose(layer(given), adaptive_average(x, grid), rtol=1e-5, atol=1e-6)
+    features = layer.compute_output_shape((None, *given.shape[1:]))[1]
+    assert features == shape[-1] * np.prod(grid) <= budget
+
+
+def test_spatial_pool_honours_a_sequence_mask():
+    x = RNG.normal(size=(3, 4, 6)).astype("float32")
+    mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+    got = np.asarray(SpatialPool(12)(x, mask=mask)).reshape(3, 6, 2)
+    np.testing.assert_allclose(got[0, :, 0], x[0, :2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(got[0, :, 1], x[0, 2], rtol=1e-5)
+    np.testing.assert_allclose(got[1, :, 0], x[1, 0], rtol=1e-5)
+    np.testing.assert_array_equal(got[1, :, 1], 0.0)
+    np.testing.assert_array_equal(got[2], 0.0)
+
+
+def test_spatial_pool_takes_the_layers_own_data_format():
+    conv = layers.Conv2D(5, 3, data_format="channels_first", name="conv")
+    layer = reduced((None, 5, 8, 9), SpatialPool(50), layer=conv)
+    assert layer.compute_output_shape((None, 5, 8, 9)) == (None, 5 * 9)
+
+
+def test_token_takes_a_step():
+    x = RNG.normal(size=(3, 4, 6)).astype("float16")
+    for index in (0, 2, -1, -4):
+        np.testing.assert_array_equal(Token(index)(x), x[:, index].astype("float32"))
+    deep = RNG.normal(size=(3, 4, 2, 3)).astype("float32")
+    np.testing.assert_array_equal(Token(1)(deep), deep[:, 1].reshape(3, 6))
+
+
+def test_token_counts_back_from_the_last_unmasked_step():
+    x = RNG.normal(size=(4, 4, 6)).astype("float32")
+    mask = np.array([[1, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+    last = x[np.arange(4), [2, 2, 3, 0]]
+    np.testing.assert_array_equal(Token(-1)(x, mask=mask), last)
+    np.testing.assert_array_equal(Token(-2)(x, mask=mask), x[np.arange(4), [1, 1, 2, 0]])
+    np.testing.assert_array_equal(Token(1)(x, mask=mask), x[:, 1])
+    masked = layers.Embedding(5, 6, mask_zero=True)(np.array([[3, 1, 0], [2, 2, 2]]))
+    np.testing.assert_array_equal(Token(-1)(masked), np.asarray(masked)[np.arange(2), [1, 2]])
+
+
+def test_token_serves_sequences_of_any_length():
+    assert reduced((None, None, 6), Token(-1)).compute_output_shape((None, None, 6)) == (None, 6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reduction", "message"),
+    [
+        ((None, 8, 8, 20), SpatialPool(10), "'conv'.*20 channels. Raise max_features"),
+        ((None, None, 20), SpatialPool(100), "size unknown"),
+        ((None, 7), Token(0), "'conv'.*a step of a sequence"),
+        ((None, 7, 5), Token(7), "There is no step 7. Received: 7 steps"),
+        ((None, 7, None), Token(0), "size unknown"),
+    ],
+)
+def test_reductions_that_do_not_fit_a_tap(shape, reduction, message):
+    with pytest.raises(ValueError, match=message):
+        reduced(shape, reduction)
+
+
+@pytest.mark.parametrize("make", [lambda: SpatialPool(0), lambda: Token(0.5), lambda: Token(True)])
+def test_reductions_refuse_what_is_no_number(make):
+    with pytest.raises(ValueError, match="integer"):
+        make()
 
 
 def test_random_features_is_a_fixed_subset_without_replacement():
