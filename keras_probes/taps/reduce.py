@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 from keras_probes.taps.graph import Tap
@@ -119,7 +120,7 @@ class _Positional(_Reduction):
             )
         self.data_format = data_format
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "data_format": self.data_format}
 
     def _channel_axis(self, rank: int) -> int:
@@ -225,7 +226,7 @@ class SpatialPool(_Positional):
         )
 
 
-def _pooled(x, grid: list[int]):
+def _pooled(x: tf.Tensor, grid: list[int]) -> tf.Tensor:
     """Averages cells: (batch, *sizes, channels) -> (batch, channels, *grid)."""
     for cells in grid:
         size = x.shape[1]
