@@ -8,7 +8,14 @@ from keras_probes.extract import extract_features
 from keras_probes.fit import fit_probes
 from keras_probes.results import ProbeResults
 from keras_probes.store.features import FeatureStore
-from keras_probes.taps.reduce import Flatten, GlobalAverage, RandomFeatures, SpatialPool, Token
+from keras_probes.taps.reduce import (
+    Flatten,
+    GlobalAverage,
+    LearnedProjection,
+    RandomFeatures,
+    SpatialPool,
+    Token,
+)
 
 __version__ = "0.1.0"
 
@@ -16,6 +23,7 @@ __all__ = [
     "FeatureStore",
     "Flatten",
     "GlobalAverage",
+    "LearnedProjection",
     "LinearProbeCallback",
     "ProbeResults",
     "RandomFeatures",

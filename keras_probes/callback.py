@@ -12,7 +12,9 @@ from typing import Any, Literal
 import keras
 import numpy as np
 import pandas as pd
+import tensorflow as tf
 
+from keras_probes.checkpoint import Backups, Checkpoint
 from keras_probes.online import OnlineProbes, Settings, mebibytes
 from keras_probes.probes.heads import Sums
 from keras_probes.probes.measures import METRICS, measure
@@ -23,6 +25,13 @@ from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector, nearest
 from keras_probes.view.tensorboard import TensorBoardWriter
+
+_UNSUPPORTED = (
+    tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.ParameterServerStrategy,
+    tf.distribute.TPUStrategy,
+    tf.distribute.experimental.CentralStorageStrategy,
+)
 
 
 class LinearProbeCallback(keras.callbacks.Callback):
@@ -60,6 +69,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
             model trains as without them up to rounding. `"isolated"`: they run a second forward
             pass, at inference, and the model trains bit for bit as without them.
         log_dir: Directory for TensorBoard event files; `None` writes none.
+        backup_dir: Directory in which the probes are kept epoch by epoch while `fit` runs, as
+            `keras.callbacks.BackupAndRestore` keeps the model: pass both callbacks, and a run that
+            was killed goes on where it was. `None` keeps nothing.
         seed: Seed of the random feature subsets.
 
     Attributes:
@@ -83,6 +95,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         metrics: Sequence[Literal["error", "loss", "top5_error"]] = ("error", "loss"),
         mode: Literal["shared", "isolated"] = "shared",
         log_dir: str | os.PathLike | None = None,
+        backup_dir: str | os.PathLike | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -114,6 +127,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._writer: TensorBoardWriter | None = None
         self._fit: keras.callbacks.CallbackList | None = None  # identifies the fit
         self._epoch = 0
+        self._backups = Backups(backup_dir) if backup_dir is not None else None
+        self._begun = False  # whether the fit has come to its first epoch
+        self._loaded: Mapping[str, np.ndarray] | None = None  # a state no host has taken yet
 
     # What a user asks for.
 
@@ -180,6 +196,49 @@ class LinearProbeCallback(keras.callbacks.Callback):
         parameters, memory = (sum(column) for column in zip(*sizes.values(), strict=True))
         print_fn(f"{len(sizes)} taps, {parameters:,} parameters, {mebibytes(memory)}")
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the probes into one file: settings, weights, statistics, subsets and results.
+
+        Args:
+            path: Name of the file; it is replaced at once, or stays as it was.
+
+        Raises:
+            ValueError: The probes are not built yet.
+        """
+        self._checkpoint().save(path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, *, target: Any = None, **options: Any
+    ) -> "LinearProbeCallback":
+        """Returns the callback that `save` wrote: pass it to `fit` or `evaluate` of its model.
+
+        Its `results` are there at once; its weights as soon as it has seen the model.
+
+        Args:
+            path: Name of the file.
+            target: The target, where it is or holds a function, which a file can't keep.
+            **options: `log_dir` and `backup_dir`, which belong to a machine and are not kept.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or something else, or `target` is missing.
+        """
+        saved = Checkpoint.load(path)
+        given = dict(saved.settings)
+        if given.pop("target_is_code") and target is None:
+            raise ValueError(
+                f"The probes in {os.fspath(path)!r} were trained on a target given as a function, "
+                "which a file can't keep. Pass it again: LinearProbeCallback.load(path, target=...)"
+            )
+        given["target"] = given["target"] if target is None else target
+        for name in ("reduce", "optimizer"):
+            given[name] = keras.saving.deserialize_keras_object(given[name])
+        callback = cls(**given, **options)
+        callback.results = saved.results
+        callback._loaded = saved.arrays
+        return callback
+
     # What Keras calls.
 
     def set_model(self, model: keras.Model) -> None:
@@ -189,17 +248,20 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._check_host(self.model)
         online = self._adopt(self.model)
-        online.memory_limit = self.memory_limit
         self.results = ProbeResults()
         spec = input_spec_of(self.model)
         if spec is not None:  # else the first batch will tell
             online.choose_taps(spec)
         self._writer = TensorBoardWriter(self.log_dir) if self.log_dir is not None else None
         self._fit = next(iter(calling_lists()), None)
+        self._begun = False
         self._join("train", online)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch = epoch
+        if self._backups is not None and not self._begun:
+            self._go_on(self._backups.read(epoch))
+        self._begun = True
         if self._online is not None and self._online.built:
             self._online.probes.reset_sums("train")
 
@@ -213,17 +275,21 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:
         self._leave("test", "train")
         self._fit = None
+        if self._backups is not None:
+            self._backups.remove()
         if self._writer is not None:
             self._writer.close()
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        online = self._online
-        if online is None or not online.built or online.host is not self.model:
+        online = self._adopt(self.model) if self._loaded is not None else self._online
+        known = online is not None and (online.built or online.restoring)
+        if online is None or not known or online.host is not self.model:
             raise ValueError(
                 "These probes have not been trained on this model. Pass the callback to its `fit` "
                 f"before `evaluate`. Received: evaluate of {self.model.name!r}."
             )
-        online.probes.reset_sums("test")
+        if online.built:
+            online.probes.reset_sums("test")
         within_fit = self._fit is not None and self._fit is next(iter(calling_lists()), None)
         self._test_split = "validation" if within_fit else "test"
         self._join("test", online)
@@ -241,7 +307,39 @@ class LinearProbeCallback(keras.callbacks.Callback):
         """Returns the probes of `model`; those of another host are dropped."""
         if self._online is None or self._online.host is not model:
             self._online = OnlineProbes(model, self._settings, self._report)
+            if self._loaded is not None:
+                self._online.restore(self._loaded)
+                self._loaded = None
+        self._online.memory_limit = self.memory_limit
         return self._online
+
+    def _checkpoint(self) -> Checkpoint:
+        """What `load` makes the same callback of."""
+        online, asked = self._built(), self._settings
+        targets = named_targets(asked.target)
+        is_code = any(callable(select) for select in targets.values())
+        classes = {target.name: target.num_classes for target in online.targets}
+        settings = {
+            "layers": [reduced.tap.name for reduced in online.plan.taps],
+            "reduce": {reduced.tap.name: reduced.reduction for reduced in online.plan.taps},
+            "target": None if is_code else asked.target,
+            "target_is_code": is_code,
+            "num_classes": classes.get(None, classes),
+            "optimizer": online.probes.optimizer,
+            "metrics": self.metrics,
+            "mode": "isolated" if asked.isolated else "shared",
+            "seed": asked.seed,
+        }
+        for name in ("reduce", "optimizer"):
+            settings[name] = keras.saving.serialize_keras_object(settings[name])
+        return Checkpoint(settings, online.state(), self.results)
+
+    def _go_on(self, backup: Checkpoint | None) -> None:
+        """Takes over the state that an earlier run of this fit came to."""
+        if backup is not None:
+            assert self._online is not None
+            self._online.restore(backup.arrays)
+            self.results = backup.results
 
     def _built(self) -> OnlineProbes:
         if self._online is None or not self._online.built:
@@ -255,12 +353,13 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 "The probes need an optimizer of their own. Received: optimizer= is the model's. "
                 "Leave optimizer= out, or pass a new one."
             )
-        replicas = model.distribute_strategy.num_replicas_in_sync
-        if replicas > 1:
+        strategy = model.distribute_strategy
+        if isinstance(strategy, _UNSUPPORTED):
             raise ValueError(
-                "Expected a model on one device. Received: a model under "
-                f"{type(model.distribute_strategy).__name__} with {replicas} replicas. Train the "
-                "probes on one replica."
+                "Expected a model without a distribution strategy, or under "
+                "tf.distribute.MirroredStrategy or OneDeviceStrategy. Received: a model under "
+                f"{type(strategy).__name__}, which Keras 3 does not support either. Train on one "
+                "machine, or probe the finished model with extract_features and fit_probes."
             )
 
     def _join(self, kind: Kind, online: OnlineProbes) -> None:
@@ -285,6 +384,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
         split = "train" if kind == "train" else self._test_split
         rows = list(self._rows(sums, split, self._online.probes.steps))
         self.results.add(rows)
+        # Before Keras backs up the host: where its backup is there, ours is.
+        if self._backups is not None and split in ("train", "validation"):
+            self._backups.write(self._epoch + 1, self._checkpoint())
         return {_log_key(row): row.value for row in rows}
 
     def _rows(self, sums: Sums, split: str, step: int) -> Iterable[Row]:

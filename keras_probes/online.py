@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from keras_probes.probes.heads import ProbeSet, Sums, memory_of, own_optimizer, parameters_of
+from keras_probes.probes.heads import ProbeSet, Sums, Width, memory_of, own_optimizer, parameters_of
 from keras_probes.probes.targets import Target, expected_classes, resolve_targets
 from keras_probes.results import TapInfo
 from keras_probes.taps.capture import Kind
@@ -67,11 +68,17 @@ class OnlineProbes:
         self._plan: TapPlan | None = None
         self._probes: ProbeSet | None = None
         self._model: keras.Model | None = None
+        self._pending: Mapping[str, np.ndarray] | None = None  # to restore once built
 
     @property
     def built(self) -> bool:
         """Whether the probes are there."""
         return self._probes is not None
+
+    @property
+    def restoring(self) -> bool:
+        """Whether there is a state to take over once they are."""
+        return self._pending is not None
 
     @property
     def plan(self) -> TapPlan:
@@ -93,7 +100,10 @@ class OnlineProbes:
         """
         if self._plan is None:
             wanted = self._settings
-            self._plan = make_plan(self.host, input_spec, wanted.layers, wanted.reduce, wanted.seed)
+            with self.host.distribute_strategy.scope():
+                self._plan = make_plan(
+                    self.host, input_spec, wanted.layers, wanted.reduce, wanted.seed
+                )
 
     def model(self) -> keras.Model:
         """The sibling Keras model: the host's tensors by tap name -> probabilities."""
@@ -130,11 +140,45 @@ class OnlineProbes:
             )
         return {
             tap: (
-                sum(parameters_of(n_features, count) for count in counts),
-                sum(memory_of(n_features, count) for count in counts),
+                sum(parameters_of(width, count) for count in counts),
+                sum(memory_of(width, count) for count in counts),
             )
-            for tap, n_features in self.plan.n_features.items()
+            for tap, width in self._widths().items()
         }
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything the probes have become, by name: a copy that later training leaves alone."""
+        return {name: np.array(v.numpy()) for name, v in self._variables().items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Takes over what `state` returned, now or as soon as the probes are built.
+
+        Raises:
+            ValueError: It is the state of probes of other taps, widths or classes.
+        """
+        if not self.built:
+            self._pending = state
+            return
+        variables = self._variables()
+        shapes = {name: tuple(v.shape) for name, v in variables.items()}
+        given = {name: array.shape for name, array in state.items()}
+        if shapes != given:
+            name = next(n for n in {**shapes, **given} if shapes.get(n) != given.get(n))
+            raise ValueError(
+                f"The saved state is of other probes. Expected {name!r} to have the shape "
+                f"{shapes.get(name, 'of nothing')}. Received: {given.get(name, 'nothing')}. Were "
+                "layers, reduce, optimizer or the model others when it was saved?"
+            )
+        for name, variable in variables.items():
+            variable.assign(state[name])
+
+    def _variables(self) -> dict[str, keras.Variable]:
+        subsets = {
+            f"reduction/{reduced.tap.name}/{variable.name}": variable
+            for reduced in self.plan.taps
+            for variable in reduced.reduction.variables
+        }
+        return {**self.probes.variables, **subsets}
 
     # What the joint calls: the protocol `capture.Observer`.
 
@@ -152,8 +196,12 @@ class OnlineProbes:
             self.targets = targets
             self._check_memory()
             classes = {target.name: target.num_classes for target in targets}
-            optimizer = own_optimizer(wanted.optimizer)
-            self._probes = ProbeSet(self.plan.n_features, classes, optimizer)
+            with self.host.distribute_strategy.scope():
+                optimizer = own_optimizer(wanted.optimizer)
+                self._probes = ProbeSet(self._widths(), classes, optimizer, wanted.seed)
+            if self._pending is not None:
+                self.restore(self._pending)
+                self._pending = None
 
     def check(self, batches: Iterable[Any]) -> None:
         unlabelled: Counter[Target] = Counter()
@@ -191,6 +239,9 @@ class OnlineProbes:
             total = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
             target.refuse(unlabelled, total)
         return self._report(kind, sums)
+
+    def _widths(self) -> dict[str, Width]:
+        return {t.tap.name: Width(t.n_features, t.rank) for t in self.plan.taps}
 
     def _check_memory(self) -> None:
         memory = {tap: size for tap, (_, size) in self.sizes().items()}

@@ -627,16 +627,3 @@ def test_other_labels_for_the_same_probes(digits):
     model.compile("adam", lambda y_true, y_pred: keras.ops.mean(y_pred))
     with pytest.raises(ValueError, match="built for 10 classes"):
         model.fit(x, keras.utils.to_categorical(y % 4, 4), callbacks=[probes], verbose=0)
-
-
-def test_several_replicas_are_refused(digits):
-    model = compiled(dense_net())
-
-    class Strategy:
-        num_replicas_in_sync = 2
-
-    model.__dict__["_distribute_strategy"] = Strategy()
-    probes = LinearProbeCallback()
-    probes.set_model(model)
-    with pytest.raises(ValueError, match="2 replicas"):
-        probes.on_train_begin()

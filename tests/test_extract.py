@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from hosts import activations, compiled, convnet, dense_net, fingerprint
 
-from keras_probes import FeatureStore, LinearProbeCallback, extract_features
+from keras_probes import FeatureStore, LearnedProjection, LinearProbeCallback, extract_features
 
 ROWS = 2130  # in batches of 50: two chunks of 1,050 rows and one of 30
 ROOT = pathlib.Path(__file__).parents[1]
@@ -267,6 +267,7 @@ def bad_input():
         "dtype": ((x, y), {"dtype": "int8"}, "Expected dtype to be one of"),
         "worker": ((x, y), {"worker": (2, 2)}, "worker i of n"),
         "layer": ((x, y), {"layers": "dens"}, "Did you mean 'dense'"),
+        "learned": ((x, y), {"reduce": LearnedProjection(5)}, "LearnedProjection.*'input'"),
     }
 
 

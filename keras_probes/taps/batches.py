@@ -52,6 +52,11 @@ def batches_of(data: Any, batch_size: int) -> Batches:
         raise ValueError("The data are empty. Expected at least one example.")
     adapter = get_data_adapter(x, y, sample_weight=sample_weight, batch_size=batch_size)
     dataset = adapter.get_tf_dataset()
+    if rows is not None:
+        # Slices of arrays leave nothing to tune, and the tuner's thread takes five seconds to end.
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        dataset = dataset.with_options(options)
     endless = int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
     if endless or (isinstance(x, keras.utils.PyDataset) and adapter.num_batches is None):
         raise ValueError(

@@ -153,9 +153,10 @@ class Joint:
 
     def _step(self, kind: Kind, observers: list[Observer], plain: Callable, iterator: Any) -> Any:
         spec = iterator.element_spec
+        of_replica = keras.tree.map_structure(_of_replica, spec)
         fresh = [o for o in observers if (kind, o) in self._unprepared]
         for observer in fresh:
-            observer.prepare(spec)
+            observer.prepare(of_replica)
             self._unprepared.remove((kind, observer))
         if kind == "train" and fresh:
             for labels in _labels_at_hand(self.host):
@@ -217,13 +218,16 @@ class Joint:
             for observer in observers:
                 observer.observe(kind, recording, data)
 
+        def look_everywhere(data: Any) -> None:
+            self.host.distribute_strategy.run(look, (data,))
+
         def on_batch(data: Any) -> Any:
             # A host's own `train_function` may be traced twice, and each time ask for the batch.
             once = self.host.steps_per_execution > 1
             return step(iter([data]) if once else itertools.repeat(data))
 
         def make() -> tuple[Callable, Callable]:
-            return self._compiled(look, spec), self._compiled(on_batch, spec)
+            return self._compiled(look_everywhere, spec), self._compiled(on_batch, spec)
 
         key = (kind, "isolated", str(spec), *map(id, observers))
         compiled_look, compiled_step = self._cached(key, step, make)
@@ -312,6 +316,11 @@ class Joint:
             self._attached[kind].clear()
             self._restore(kind)
         self._restore_epoch_logs()
+
+
+def _of_replica(spec: Any) -> Any:
+    """The spec of what one replica gets of a batch."""
+    return getattr(spec, "_value_specs", [spec])[0]
 
 
 def _layers(observers: Iterable[Observer]) -> list[keras.Operation]:

@@ -10,6 +10,7 @@ traced, is seen by no tracker or serializer, and works where `layer.output` does
 
 import contextlib
 import dataclasses
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -48,6 +49,9 @@ class Recording:
         sources: The host's input, a sparse or ragged one by its parts.
         masks: What was handed to layers as a mask.
         calls: How often each layer was called within the host's own call, and the host itself.
+
+    What a step calls besides the host (a layer on generated images, what is recomputed for the
+    gradient) is left out, unless it does not call the host at all.
     """
 
     tensors: dict[Site, tf.Tensor] = dataclasses.field(default_factory=dict)
@@ -71,6 +75,7 @@ def operations_of(host: keras.Model) -> list[keras.Operation]:
 def record_calls(host: keras.Model, layers: Iterable[keras.Operation]) -> Iterator[Recording]:
     """Records the tensors of `layers` while `host` is called in the body of the `with`.
 
+    Replicas run a step in threads of their own, one within the other's: each records its own calls.
     Only tensors of the graph that is being built at entry count (all, when running eagerly): those
     of a loop's body, a branch or a scratch graph cannot be used outside of it.
 
@@ -84,25 +89,45 @@ def record_calls(host: keras.Model, layers: Iterable[keras.Operation]) -> Iterat
     recorder = _Recorder(host)
     with contextlib.ExitStack() as restored:
         for layer in layers:
-            restored.enter_context(_replaced(layer, "call", recorder.around_call))
+            restored.enter_context(_heard(layer, "call", recorder.around_call))
             if callable(vars(layer).get("activation")):
-                restored.enter_context(_replaced(layer, "activation", recorder.around_activation))
+                restored.enter_context(_heard(layer, "activation", recorder.around_activation))
         yield recorder.recording
 
 
+class _Heard:
+    """What stands in the place of a layer's attribute while some thread records it."""
+
+    def __init__(self, own: dict[str, Any], attribute: str, original: Callable):
+        self.kept = {attribute: original} if attribute in own else {}
+        self.original = original
+        self.by_thread: dict[int, Callable] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.by_thread.get(threading.get_ident(), self.original)(*args, **kwargs)
+
+
 @contextlib.contextmanager
-def _replaced(layer: keras.Operation, attribute: str, around: Callable) -> Iterator[None]:
-    """Puts `around(layer, original)` in the place of a layer's attribute, past Keras's trackers."""
-    own = vars(layer)
-    had_own, original = attribute in own, getattr(layer, attribute)
-    own[attribute] = around(layer, original)
+def _heard(layer: keras.Operation, attribute: str, around: Callable) -> Iterator[None]:
+    """Puts `around(layer, original)` in the place of a layer's attribute, for this thread.
+
+    Past Keras's trackers; the last thread to leave puts the original back.
+    """
+    own, thread = vars(layer), threading.get_ident()
+    heard = own.get(attribute)
+    if not isinstance(heard, _Heard):
+        heard = own[attribute] = _Heard(own, attribute, getattr(layer, attribute))
+    before = heard.by_thread.get(thread)
+    heard.by_thread[thread] = around(layer, before or heard.original)
     try:
         yield
     finally:
-        if had_own:
-            own[attribute] = original
-        else:
+        del heard.by_thread[thread]
+        if before is not None:
+            heard.by_thread[thread] = before
+        if not heard.by_thread:
             del own[attribute]
+            own.update(heard.kept)
 
 
 class _Recorder:
@@ -110,7 +135,7 @@ class _Recorder:
         self.recording = Recording()
         self._host = host
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        self._calls: Counter[keras.Operation] = Counter()
+        self._calls: Counter[keras.Operation] = Counter()  # of those that count
         self._stack: list[keras.Operation] = []
         self._in_host = False
 
@@ -126,7 +151,6 @@ class _Recorder:
                 outputs = original(*args, **kwargs)
                 usable = self._add(layer, "output", outputs)
                 self._calls[layer] += usable
-                # What is recomputed for the gradient is called after the host's call.
                 self.recording.calls[layer] += usable and self._in_host
             finally:
                 self._stack.pop()
@@ -136,14 +160,18 @@ class _Recorder:
 
     def _call_host(self, inputs: list, call: Callable[[], Any]) -> Any:
         parts = tf.nest.flatten(inputs, expand_composites=True)
-        parts = [part for part in parts if isinstance(part, tf.Tensor) and self._usable(part)]
+        parts = [part for part in parts if isinstance(part, tf.Tensor) and self._is_here(part)]
         if self._in_host or not parts:
             return call()
+        if not self.recording.calls[self._host]:  # what was called before it was not the host's
+            self.recording.tensors.clear()
+            self.recording.paths.clear()
+            self._calls.clear()
+            self.recording.sources = parts
+        self._in_host = True
         self._add(self._host, "input", inputs)
         self._calls[self._host] += 1
         self.recording.calls[self._host] += 1
-        self.recording.sources = self.recording.sources or parts
-        self._in_host = True
         try:
             return call()
         finally:
@@ -164,14 +192,18 @@ class _Recorder:
         if any(isinstance(outer, keras.layers.RNN) and outer is not layer for outer in self._stack):
             return seen
         for index, tensor in enumerate(keras.tree.flatten(structure)):
-            if isinstance(tensor, tf.Tensor) and self._usable(tensor):
+            if isinstance(tensor, tf.Tensor) and self._counts(tensor):
                 seen = True
                 site = Site(layer, role, self._calls[layer], index)
                 self.recording.tensors.setdefault(site, tensor)
                 self.recording.paths.setdefault(site, path)
         return seen
 
-    def _usable(self, tensor: tf.Tensor) -> bool:
+    def _counts(self, tensor: tf.Tensor) -> bool:
+        host_or_none = self._in_host or not self.recording.calls[self._host]
+        return host_or_none and self._is_here(tensor)
+
+    def _is_here(self, tensor: tf.Tensor) -> bool:
         return self._graph is None or getattr(tensor, "graph", None) is self._graph
 
 

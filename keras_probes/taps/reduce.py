@@ -108,6 +108,35 @@ class RandomFeatures(_Reduction):
         return {**super().get_config(), "n": self.n, "seed": self.seed}
 
 
+@keras.saving.register_keras_serializable(package="keras_probes")
+class LearnedProjection(Flatten):
+    """A linear map to n features, learned with the head (paper, section 3.4, second suggestion).
+
+    The layer itself passes all of a tap's features on; the callback gives the tap a head whose
+    matrix is a product P V, of (n_features, n) and (n, num_classes), and trains both factors.
+
+    It sees every feature where `RandomFeatures` sees some. What it costs: n_features * n
+    parameters a tap, and their averages and optimizer slots, five times that in all. And the
+    problem is no longer convex: what it ends in depends on the start, and no certificate says how
+    far from the best it is, so that differences of some tenths of a point between layers may be of
+    its making. With n below num_classes - 1 it is also less than a full linear classifier. Offline,
+    where the best probe on all features can be found, `extract_features` refuses it.
+
+    Args:
+        n: Number of features to project to.
+
+    Input: any dtype, shape (batch, ...), static but for the batch.
+    Output: float32, shape (batch, n_features); the projection is a part of the head.
+    """
+
+    def __init__(self, n: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.n = _positive_integer("n", n)
+
+    def get_config(self):
+        return {**super().get_config(), "n": self.n}
+
+
 class _Positional(_Reduction):
     """A reduction that tells channels from positions."""
 

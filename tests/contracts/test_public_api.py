@@ -17,6 +17,7 @@ def test_names():
         "FeatureStore",
         "Flatten",
         "GlobalAverage",
+        "LearnedProjection",
         "LinearProbeCallback",
         "ProbeResults",
         "RandomFeatures",

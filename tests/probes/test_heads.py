@@ -8,7 +8,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 from keras_probes.probes import heads
-from keras_probes.probes.heads import ProbeSet, SoftmaxHeads, Standardize, own_optimizer
+from keras_probes.probes.heads import (
+    ProbeSet,
+    ProjectedHeads,
+    SoftmaxHeads,
+    Standardize,
+    Width,
+    own_optimizer,
+    parameters_of,
+)
 
 RNG = np.random.default_rng(1)
 
@@ -21,7 +29,8 @@ def _fresh_rng():
 
 
 def probe_set(n_features, num_classes=3, optimizer=None):
-    return ProbeSet(n_features, {None: num_classes}, own_optimizer(optimizer))
+    widths = {tap: n if isinstance(n, Width) else Width(n) for tap, n in n_features.items()}
+    return ProbeSet(widths, {None: num_classes}, own_optimizer(optimizer))
 
 
 def show(method, features, labels, weights=None):
@@ -41,8 +50,22 @@ def blobs(n=600, n_features=5, num_classes=3, scale=1.0):
     return (scale * x).astype("float32"), labels
 
 
-def test_gradients_by_finite_differences():
-    layer = SoftmaxHeads(n_taps=2, n_features=4, num_classes=3)
+def logits_by_hand(layer, z, kernel, bias, projection=None):
+    if projection is not None:
+        z = z @ projection * (0.1 / np.sqrt(layer.rank))
+    return z @ kernel + bias
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SoftmaxHeads(n_taps=2, n_features=4, num_classes=3),
+        lambda: ProjectedHeads(n_taps=2, n_features=4, num_classes=3, rank=2, seed=0),
+    ],
+    ids=["full", "projected"],
+)
+def test_gradients_by_finite_differences(make):
+    layer = make()
     layer.kernel.assign(RNG.normal(size=layer.kernel.shape))
     layer.bias.assign(RNG.normal(size=layer.bias.shape))
     z = RNG.normal(size=(2, 6, 4)).astype("float32")
@@ -50,14 +73,14 @@ def test_gradients_by_finite_differences():
     weight = RNG.uniform(0.5, 2, (2, 6)).astype("float32")
     weight[1, 0] = 0
 
-    def objective(kernel, bias):
-        logits = z.astype("float64") @ kernel + bias
+    def objective(*variables):
+        logits = logits_by_hand(layer, z.astype("float64"), *variables)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         per_example = -log_p[:, np.arange(5), labels[:5]] * weight[:, :5]
         return per_example.sum() / 6
 
     got = layer.gradients(tf.constant(z), tf.constant(labels, "int32"), tf.constant(weight))
-    at = [np.asarray(v, "float64") for v in (layer.kernel, layer.bias)]
+    at = [np.asarray(variable, "float64") for variable, _ in layer.averaged]
     for which, gradient in enumerate(got):
         for index in np.ndindex(at[which].shape):
             ends = []
@@ -154,11 +177,11 @@ def test_training_comes_close_to_the_optimum_whatever_the_scale(scale):
 
 
 def test_folded_weights_equal_the_layers_predictions():
-    probes = probe_set({"a": 5, "b": 5, "c": 2})
+    probes = probe_set({"a": 5, "b": 5, "c": 2, "d": Width(5, rank=2)})
     for _ in range(5):
         x, labels = blobs(64)
-        show(probes.train, {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3}, labels)
-    features = {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3}
+        features = {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3, "d": x}
+        show(probes.train, features, labels)
     outputs = probes.outputs({k: tf.constant(np.ascontiguousarray(v)) for k, v in features.items()})
     for tap, feature in features.items():
         W, b = probes.weights(tap, None)
@@ -166,6 +189,32 @@ def test_folded_weights_equal_the_layers_predictions():
         logits = feature @ W + b
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         np.testing.assert_allclose(outputs[None][tap], p, rtol=1e-4, atol=1e-6)
+
+
+def test_a_learned_projection_comes_close_to_the_full_probe():
+    x, labels = blobs(2000, n_features=40, num_classes=6)
+    probes = probe_set({"full": 40, "narrow": Width(40, rank=5)}, num_classes=6)
+    for _ in range(4):
+        for start in range(0, 2000, 50):
+            batch = x[start : start + 50]
+            show(probes.train, {"full": batch, "narrow": batch}, labels[start : start + 50])
+    show(probes.test, {"full": x, "narrow": x}, labels)
+    loss = {
+        tap: sums["weighted_loss"] / sums["weight"]
+        for tap, sums in probes.sums("test")[None].items()
+    }
+    # Five dimensions are enough for six classes.
+    assert loss["narrow"] == pytest.approx(loss["full"], abs=0.02)
+    kernel, _ = probes.weights("narrow", None)
+    assert kernel.shape == (40, 6)
+    assert np.linalg.matrix_rank(kernel, tol=1e-4) == 5
+
+
+def test_parameters_of_a_learned_projection():
+    probes = probe_set({"tap": Width(40, rank=5)})
+    (group,) = probes._groups
+    count = sum(int(np.prod(v.shape)) for v, _ in group.heads[None].averaged)
+    assert count == parameters_of(Width(40, 5), 3) == 40 * 5 + 5 * 3 + 3
 
 
 def test_stacked_taps_train_as_they_would_alone():
@@ -224,7 +273,7 @@ def test_examples_without_a_label_are_left_out():
 
 def test_several_targets_share_the_features():
     x, labels = blobs(64)
-    probes = ProbeSet({"a": 5}, {"all": 3, "is_zero": 2}, own_optimizer(None))
+    probes = ProbeSet({"a": Width(5)}, {"all": 3, "is_zero": 2}, own_optimizer(None))
     both = {"all": tf.constant(labels, "int32"), "is_zero": tf.constant(labels == 0, "int32")}
     weights = {name: tf.ones(64) for name in both}
     for _ in range(5):

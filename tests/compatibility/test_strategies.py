@@ -1,0 +1,129 @@
+"""Several replicas: as one device on the same global batch; other strategies are refused."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hosts import compiled, dense_net
+
+from keras_probes import LinearProbeCallback
+
+TESTS = pathlib.Path(__file__).parents[1]
+
+# Logical devices are made before TensorFlow begins, and it serves one size of group a process.
+SCRIPT = """
+import json, sys
+import keras, numpy as np, tensorflow as tf
+from sklearn.datasets import load_digits
+
+replicas = int(sys.argv[1])
+devices = [tf.config.LogicalDeviceConfiguration()] * replicas
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
+from hosts import compiled
+from keras_probes import LearnedProjection, LinearProbeCallback
+
+bunch = load_digits()
+x, y = bunch.images[..., None].astype("float32") / 16, bunch.target
+
+
+def host():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 1))
+    h = keras.layers.Flatten(name="flat")(inputs)
+    h = keras.layers.Dense(16, activation="relu", name="hidden")(h)
+    h = keras.layers.BatchNormalization(name="norm", synchronized=True)(h)
+    return compiled(keras.Model(inputs, keras.layers.Dense(10, "softmax", name="out")(h)))
+
+
+def run(strategy, mode):
+    keras.utils.clear_session()
+    with strategy.scope():
+        model = host()
+    reduce = {"hidden": LearnedProjection(4)}
+    taps = ["input", "hidden", "norm"]
+    probes = LinearProbeCallback(taps, reduce=reduce, mode=mode or "shared")
+    history = model.fit(
+        x[:200], y[:200], batch_size=32, epochs=2, shuffle=False, verbose=0,
+        validation_data=(x[200:270], y[200:270]), callbacks=[probes] if mode else [],
+    ).history
+    found = {"history": history, "host": [w.tolist() for w in model.get_weights()]}
+    if mode:
+        found["tested"] = model.evaluate(
+            x[200:270], y[200:270], verbose=0, callbacks=[probes], return_dict=True
+        )
+        found["probes"] = [w.tolist() for tap in history_taps(history) for w in probes.weights(tap)]
+        variables = [v for layer in probes.probe_model.layers for v in layer.variables]
+        values = [getattr(v.value, "values", [v.value]) for v in variables]
+        found["apart"] = max(
+            float(np.abs(np.asarray(copy, "float64") - np.asarray(copies[0], "float64")).max())
+            for copies in values for copy in copies
+        )
+        found["copies"] = max(len(copies) for copies in values)
+    return found
+
+
+def history_taps(history):
+    return [key.removeprefix("probe_error/") for key in history if key.startswith("probe_error/")]
+
+
+mirrored = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+one = tf.distribute.get_strategy()
+print(json.dumps({
+    "one": run(one, "shared"),
+    "plain": run(mirrored, None),
+    "shared": run(mirrored, "shared"),
+    "isolated": run(mirrored, "isolated"),
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_replicas_agree_with_one_device(replicas):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(replicas)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    one, plain = found["one"], found["plain"]
+    for mode in ("shared", "isolated"):
+        ours = found[mode]
+        assert ours["copies"] == replicas
+        assert ours["apart"] == 0.0
+        for got, expected in zip(ours["host"], plain["host"], strict=True):
+            if mode == "isolated":
+                np.testing.assert_array_equal(got, expected)
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    shared = found["shared"]
+    assert shared["history"].keys() == one["history"].keys()
+    for key, values in one["history"].items():
+        # A label more or less: rounding may tip an example that lies on a border.
+        tolerance = 1.5 / 70 if "error" in key else 1e-3
+        np.testing.assert_allclose(shared["history"][key], values, atol=tolerance, err_msg=key)
+    for got, expected in zip(shared["probes"], one["probes"], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=5e-3, atol=5e-3)
+    last = {k.removeprefix("val_"): v[-1] for k, v in shared["history"].items() if "val_" in k}
+    assert shared["tested"] == pytest.approx(last)
+
+
+def test_strategies_that_keras_does_not_support_are_refused(digits):
+    (x, y), _ = digits
+    with tf.distribute.experimental.CentralStorageStrategy(["CPU:0"]).scope():
+        model = compiled(dense_net())
+    with pytest.raises(ValueError, match="CentralStorageStrategy.*MirroredStrategy|Mirrored"):
+        model.fit(x, y, callbacks=[LinearProbeCallback()], verbose=0)
+
+
+def test_one_device_strategy(digits):
+    (x, y), _ = digits
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+        model = compiled(dense_net())
+    history = model.fit(x, y, callbacks=[LinearProbeCallback("dense")], verbose=0).history
+    assert history["probe_error/dense"][0] < 0.9
