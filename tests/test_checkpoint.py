@@ -144,13 +144,14 @@ def test_saving_before_there_is_anything(tmp_path):
         LinearProbeCallback().save(tmp_path / "run.probes")
 
 
-# A run that may be killed: a deterministic host with Dropout and BatchNormalization.
+# A run that may be killed. A host with Dropout would go on with other masks, probes or none.
 RUN = """
 import os, signal, sys
 import keras, numpy as np
 from sklearn.datasets import load_digits
-from hosts import compiled, convnet
-from keras_probes import LinearProbeCallback
+from keras import layers
+from hosts import compiled
+from keras_probes import LearnedProjection, LinearProbeCallback, RandomFeatures
 
 directory, kill_at, ours_first, validated = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4]
 bunch = load_digits()
@@ -172,8 +173,17 @@ class Kill(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-model = compiled(convnet())
-probes = LinearProbeCallback(["conv", "dense"], backup_dir=f"{directory}/probes")
+keras.utils.set_random_seed(1)
+model = compiled(keras.Sequential([
+    keras.Input((8, 8, 1)),
+    layers.Conv2D(20, 3, activation="relu", name="conv"),
+    layers.BatchNormalization(),
+    layers.Flatten(),
+    layers.Dense(16, activation="relu", name="dense"),
+    layers.Dense(10, activation="softmax", name="out"),
+]))
+reduce = {"conv": RandomFeatures(300), "dense": LearnedProjection(4)}
+probes = LinearProbeCallback(["conv", "dense"], reduce=reduce, backup_dir=f"{directory}/probes")
 theirs = keras.callbacks.BackupAndRestore(f"{directory}/host")
 # What is killed at an epoch's end is killed between the two.
 callbacks = [probes, Kill(), theirs] if ours_first == "yes" else [theirs, Kill(), probes]
@@ -196,7 +206,8 @@ def run(directory, kill_at="", ours_first="yes", validated="yes"):
 
 def contents(directory):
     with zipfile.ZipFile(directory / "end.probes") as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+        probes = {name: archive.read(name) for name in archive.namelist()}
+    return {**probes, "host": (directory / "end.weights.h5").read_bytes()}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ Functional, Sequential, nested and subclassed.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -25,7 +25,7 @@ _SHAPE_OPS = frozenset({"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLik
 _BATCH = 27720
 # Operations whose output holds the values of their first input, moved, padded or retyped.
 _SAME_VALUE_OPS = frozenset(
-    {"Cast", "ExpandDims", "Identity", "MirrorPad", "Pad", "PadV2", "PreventGradient"}
+    {"Cast", "ExpandDims", "Identity", "IdentityN", "MirrorPad", "Pad", "PadV2", "PreventGradient"}
     | {"Reshape", "Snapshot", "Squeeze", "StopGradient", "Transpose"}
 )
 
@@ -200,19 +200,19 @@ class _Flow:
         self._sources = sources
         self._masks = masks
 
-    def _above(self, operation: tf.Operation) -> Iterator[tf.Tensor]:
+    def _above(self, tensor: tf.Tensor) -> Iterator[tf.Tensor]:
         """The tensors whose values an operation's output depends on, shapes and masks apart."""
-        if operation.type not in _SHAPE_OPS:
-            yield from (t for t in operation.inputs if id(t) not in self._masks)
+        if tensor.op.type not in _SHAPE_OPS:
+            yield from (t for t in _inputs_of(tensor) if id(t) not in self._masks)
 
     def depths(self, recorded: Iterable[tf.Tensor]) -> dict[int, int]:
         """Longest path from an input, counted in recorded tensors, for each tensor that has one."""
         is_recorded = {id(t) for t in recorded}
         depths = {id(t): 0 for t in self._sources}
         for operation in self._operations:
-            above = [depths[id(t)] for t in self._above(operation) if id(t) in depths]
-            if above:
-                for tensor in operation.outputs:
+            for tensor in operation.outputs:
+                above = [depths[id(t)] for t in self._above(tensor) if id(t) in depths]
+                if above:
                     depths.setdefault(id(tensor), max(above) + (id(tensor) in is_recorded))
         return depths
 
@@ -225,15 +225,16 @@ class _Flow:
         """
         needed = {id(output)}
         for operation in reversed(self._operations):
-            if any(id(t) in needed for t in operation.outputs):
-                needed.update(id(t) for t in self._above(operation))
+            for tensor in operation.outputs:
+                if id(tensor) in needed:
+                    needed.update(id(t) for t in self._above(tensor))
 
         positions = {id(t): place for place, t in enumerate(self._sources) if id(t) in needed}
         edges = [(-1, position) for position in positions.values()]
         for operation in self._operations:
-            above = [positions[id(t)] for t in self._above(operation) if id(t) in positions]
-            for tensor in operation.outputs if above else ():
-                if id(tensor) in needed and id(tensor) not in positions:
+            for tensor in operation.outputs:
+                above = [positions[id(t)] for t in self._above(tensor) if id(t) in positions]
+                if above and id(tensor) in needed and id(tensor) not in positions:
                     positions[id(tensor)] = len(positions) + len(self._sources)
                     edges += [(start, positions[id(tensor)]) for start in above]
 
@@ -250,10 +251,17 @@ class _Flow:
         return cuts
 
 
+def _inputs_of(tensor: tf.Tensor) -> Sequence[tf.Tensor]:
+    """What an operation makes `tensor` of."""
+    if tensor.op.type == "IdentityN":  # how a custom gradient ends, as under a RematScope
+        return (tensor.op.inputs[tensor.value_index],)
+    return tensor.op.inputs
+
+
 def _root(tensor: tf.Tensor) -> int:
     """Identifies the tensor whose values `tensor` repeats, perhaps in another shape."""
     while tensor.op.type in _SAME_VALUE_OPS:
-        tensor = tensor.op.inputs[0]
+        tensor = _inputs_of(tensor)[0]
     return id(tensor)
 
 

@@ -89,7 +89,10 @@ def record_calls(host: keras.Model, layers: Iterable[keras.Operation]) -> Iterat
     recorder = _Recorder(host)
     with contextlib.ExitStack() as restored:
         for layer in layers:
-            restored.enter_context(_heard(layer, "call", recorder.around_call))
+            # What Keras calls a layer of int8 weights by.
+            quantized = getattr(layer, "quantization_mode", None) is not None
+            name = "quantized_call" if quantized else "call"
+            restored.enter_context(_heard(layer, name, recorder.around_call))
             if callable(vars(layer).get("activation")):
                 restored.enter_context(_heard(layer, "activation", recorder.around_activation))
         yield recorder.recording

@@ -247,3 +247,12 @@ def test_tracing_leaves_no_state_behind():
         assert vars(layer).get("activation") is before[id(layer)].get("activation")
     for a, b in zip(weights, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_recomputed_for_the_gradient_is_a_cut_point():
+    inputs = keras.Input((8, 8, 1))
+    with keras.RematScope(mode="full"):
+        h = layers.Conv2D(3, 3, activation="relu", name="conv")(inputs)
+    model = keras.Model(inputs, layers.Dense(10, name="out")(layers.Flatten(name="flat")(h)))
+    graph = trace(model, input_spec_of(model))
+    assert graph.auto == {"input", "conv", "out"}
