@@ -69,6 +69,7 @@ class HostGraph:
             output is that of its last layer.
         calls: How often each layer is called.
         outputs: The structure that calling the host returns, of `tf.TensorSpec`.
+        unread: By name, the layers that the host has and no probe can read, with the reason.
     """
 
     taps: tuple[Tap, ...]
@@ -76,6 +77,7 @@ class HostGraph:
     distinct: frozenset[str]
     calls: Mapping[keras.Operation, int]
     outputs: Any
+    unread: Mapping[str, str]
 
 
 def input_spec_of(host: keras.Model) -> Any:
@@ -124,7 +126,8 @@ def trace(host: keras.Model, input_spec: Any) -> HostGraph:
         traced(None)  # builds them, for any batch size
     batch = fixed[0] if fixed else _BATCH
     graph = traced(batch)
-    return _read(graph, recording, outputs, batch, free=not fixed)
+    read = _read(graph, recording, outputs, batch, free=not fixed)
+    return dataclasses.replace(read, unread=_unread(operations_of(host), recording))
 
 
 def call_at_inference(host: keras.Model, inputs: Any) -> Any:
@@ -167,7 +170,23 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free:
         lambda t: tf.TensorSpec(_shape(t, free_sizes), t.dtype) if isinstance(t, tf.Tensor) else t,
         outputs,
     )
-    return HostGraph(taps, frozenset(auto), frozenset(distinct), recording.calls, specs)
+    return HostGraph(taps, frozenset(auto), frozenset(distinct), recording.calls, specs, {})
+
+
+def _unread(operations: Iterable[keras.Operation], recording: Recording) -> dict[str, str]:
+    """The reason why a layer has no tap, by its name."""
+    seen = {site.layer for site in recording.tensors}
+    unread = {}
+    for layer in operations:
+        outer = recording.hidden.get(layer)
+        if layer in seen or isinstance(layer, keras.layers.InputLayer):
+            continue
+        if outer is not None:
+            unread[layer.name] = f"what it computes stays in a loop or branch of {outer.name!r}"
+            unread[layer.name] += "; probe that layer"
+        elif not recording.calls[layer]:
+            unread[layer.name] = "the model never calls it at inference"
+    return unread
 
 
 def _is_per_example(tensor: tf.Tensor, rows: set[int | None]) -> bool:

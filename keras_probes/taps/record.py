@@ -49,6 +49,7 @@ class Recording:
         sources: The host's input, a sparse or ragged one by its parts.
         masks: What was handed to layers as a mask.
         calls: How often each layer was called within the host's own call, and the host itself.
+        hidden: Layers whose outputs exist only within another's loop or branch, with that layer.
 
     What a step calls besides the host (a layer on generated images, what is recomputed for the
     gradient) is left out, unless it does not call the host at all.
@@ -59,6 +60,7 @@ class Recording:
     sources: list[tf.Tensor] = dataclasses.field(default_factory=list)
     masks: list[tf.Tensor] = dataclasses.field(default_factory=list)
     calls: Counter[keras.Operation] = dataclasses.field(default_factory=Counter)
+    hidden: dict[keras.Operation, keras.Operation] = dataclasses.field(default_factory=dict)
 
 
 def operations_of(host: keras.Model) -> list[keras.Operation]:
@@ -155,6 +157,8 @@ class _Recorder:
                 usable = self._add(layer, "output", outputs)
                 self._calls[layer] += usable
                 self.recording.calls[layer] += usable and self._in_host
+                if not usable and len(self._stack) > 1:
+                    self.recording.hidden[layer] = self._stack[-2]
             finally:
                 self._stack.pop()
             return outputs
