@@ -106,3 +106,22 @@ def test_the_labels_of_a_fit_are_in_its_frame(digits, split):
     cut = len(y) * 3 // 4 if split else len(y)
     for found, expected in zip(find.found, (y[:cut], y[cut:] if split else y_val), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_an_optimizer_adds_gradients_up_over_replicas_in_one_place():
+    optimizer, variable = keras.optimizers.SGD(1.0), keras.Variable([1.0])
+    optimizer.build([variable])
+    seen = []
+    optimizer._all_reduce_sum_gradients = lambda pairs: seen.append(pairs) or pairs
+    optimizer.apply([keras.ops.ones(1)], [variable])
+    assert len(seen) == 1
+    assert float(variable.numpy()[0]) == 0.0
+
+
+def test_a_quantized_layer_is_called_by_another_name():
+    layer = keras.layers.Dense(4)
+    layer.build((None, 8))
+    layer.quantize("int8")
+    vars(layer)["quantized_call"] = lambda x, **kwargs: "quantized"
+    assert layer.quantization_mode == "int8"
+    assert layer(np.zeros((1, 8), "float32")) == "quantized"

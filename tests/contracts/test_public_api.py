@@ -41,6 +41,7 @@ def test_signature_of_the_callback():
         "metrics": ("error", "loss"),
         "mode": "shared",
         "log_dir": None,
+        "backup_dir": None,
         "seed": 0,
     }
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["layers"]
