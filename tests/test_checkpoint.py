@@ -213,7 +213,7 @@ def contents(directory):
 @pytest.mark.parametrize(
     ("kill_at", "ours_first", "validated"),
     [
-        ("batch 2 3", "yes", "yes"),
+        pytest.param("batch 2 3", "yes", "yes", marks=pytest.mark.slow),
         pytest.param("end 1", "yes", "yes", marks=pytest.mark.slow),
         pytest.param("end 1", "no", "no", marks=pytest.mark.slow),
         pytest.param("batch 0 1", "no", "yes", marks=pytest.mark.slow),

@@ -9,6 +9,8 @@ from hosts import compiled, dense_net, fingerprint
 
 from keras_probes import LinearProbeCallback
 
+pytestmark = pytest.mark.slow  # CI runs these; each trains several hosts
+
 KEY = "val_probe_error/dense"
 
 

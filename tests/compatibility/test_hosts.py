@@ -18,6 +18,8 @@ from keras import layers, ops
 
 from keras_probes import Flatten, LinearProbeCallback
 
+pytestmark = pytest.mark.slow  # CI runs these; each trains several hosts
+
 RNG = np.random.default_rng(0)
 N, VALIDATION = 96, 48
 Data = tuple[Any, Any]
@@ -37,7 +39,6 @@ class Case:
         probe: Arguments of the callback.
         labels: (x, y) -> integer labels of the probes.
         rounding: Tolerance of shared mode; 0 where it is bit-identical.
-        quick: Whether it runs by default.
     """
 
     make: Callable[[], keras.Model]
@@ -49,7 +50,6 @@ class Case:
     probe: dict = dataclasses.field(default_factory=dict)
     labels: Callable[[Any, Any], Any] = lambda x, y: y
     rounding: float = 1e-4
-    quick: bool = False
 
 
 # Data.
@@ -377,12 +377,12 @@ def weighted(x, y):
 
 seq = {"data": sequences}
 CASES = {
-    "sequential": Case(sequential, rounding=0, quick=True),
+    "sequential": Case(sequential, rounding=0),
     "functional with branches": Case(branches, "add"),
     "nested": Case(nested, "inner/dense"),
     "subclassed, built": Case(subclassed),
     "subclassed, not built": Case(lambda: subclassed(built=False)),
-    "custom train_step and test_step": Case(lambda: subclassed(cls=CustomSteps), quick=True),
+    "custom train_step and test_step": Case(lambda: subclassed(cls=CustomSteps)),
     "shared layer, second call": Case(shared_layer, "dense#1"),
     "several inputs": Case(several_inputs, arrange=lambda x, y: ([x, x[:, ::-1]], y)),
     "outputs in a dict": Case(
@@ -413,7 +413,6 @@ CASES = {
         arrange=lambda x, y: (x, x),
         probe={"target": lambda x, y: tf.reduce_mean(x, (1, 2, 3)) > 0.3, "num_classes": 2},
         labels=lambda x, y: x.mean(axis=(1, 2, 3)) > 0.3,
-        quick=True,
     ),
     "two optimizers": Case(gan, probe={"num_classes": 10}),
     "SimpleRNN": Case(recurrent(lambda: layers.SimpleRNN(5, name="dense")), **seq),
@@ -423,7 +422,7 @@ CASES = {
         recurrent(lambda: layers.Bidirectional(layers.LSTM(4), name="dense")), **seq
     ),
     "Embedding with a mask": Case(masked, data=tokens),
-    "transformer": Case(transformer, "norm2", data=tokens, quick=True),
+    "transformer": Case(transformer, "norm2", data=tokens),
     "Conv1D": Case(conv1d, **seq),
     "Conv3D": Case(conv3d, data=volumes),
     "channels_first": Case(channels_first, data=first),
@@ -441,7 +440,7 @@ CASES = {
     "clipnorm": Case(optimizer(clipnorm=0.1)),
     "weight decay": Case(lambda: sequential(optimizer=keras.optimizers.AdamW(1e-3))),
     "regularisers": Case(regularised),
-    "RematScope": Case(remat, quick=True),
+    "RematScope": Case(remat),
     "tf.data": Case(sequential, feed=tf_data()),
     "tf.data, ragged last batch": Case(sequential, feed=tf_data(batch=36)),
     "tf.data, endless": Case(
@@ -522,9 +521,7 @@ def own(history):
     return {key: values for key, values in history.items() if "probe" not in key}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if CASES[n].quick else pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_errors_are_right_and_the_host_is_untouched(name):
     case = CASES[name]
     plain, plain_history, _ = train(case)

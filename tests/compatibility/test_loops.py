@@ -9,6 +9,8 @@ from keras import layers
 
 from keras_probes import LinearProbeCallback, SpatialPool, Token
 
+pytestmark = pytest.mark.slow  # CI runs these; each trains several hosts
+
 
 def error_by_hand(model, probes, tap, x, y):
     kernel, bias = probes.weights(tap)

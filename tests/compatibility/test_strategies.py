@@ -13,6 +13,8 @@ from hosts import compiled, dense_net
 
 from keras_probes import LinearProbeCallback
 
+pytestmark = pytest.mark.slow  # CI runs these; each trains several hosts
+
 TESTS = pathlib.Path(__file__).parents[1]
 
 # Logical devices are made before TensorFlow begins, and it serves one size of group a process.
