@@ -229,6 +229,7 @@ def test_saving_cloning_pickling_and_copying(digits, tmp_path, mode):
     use()
 
 
+@pytest.mark.slow
 def test_exporting(digits, tmp_path):
     x = digits[1][0]
     host = compiled(dense_net())
@@ -288,6 +289,7 @@ def test_an_evaluate_of_the_probes_in_the_middle_of_a_fit(digits, mode):
     assert not any(name.startswith("_get_metrics") for name in vars(dense_host))
 
 
+@pytest.mark.slow
 def test_two_callbacks_at_once(digits, mode):
     first, second = LinearProbeCallback("dense", mode=mode), LinearProbeCallback("input")
     host = compiled(dense_net())
