@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_probes.results import ProbeResults
+from keras_probes.results import ProbeResults, write_whole
 
 _FORMAT = 1
 _SETTINGS, _ARRAYS, _RESULTS = "settings.json", "arrays.npz", "results/"
@@ -37,22 +37,17 @@ class Checkpoint:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file; an earlier one under this name is there until all of it is."""
-        path = pathlib.Path(path)
+        path, file = pathlib.Path(path), io.BytesIO()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive, tempfile.TemporaryDirectory() as results:
-                settings = {"format": _FORMAT, **self.settings}
-                archive.writestr(_SETTINGS, json.dumps(settings, indent=1))
-                arrays = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive, tempfile.TemporaryDirectory() as results:
+            settings = {"format": _FORMAT, **self.settings}
+            archive.writestr(_SETTINGS, json.dumps(settings, indent=1))
+            with archive.open(_ARRAYS, "w", force_zip64=True) as arrays:
                 np.savez(arrays, **self.arrays)
-                archive.writestr(_ARRAYS, arrays.getvalue())
-                self.results.save(results)
-                for part in sorted(pathlib.Path(results).iterdir()):
-                    archive.write(part, _RESULTS + part.name)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+            self.results.save(results)
+            for part in sorted(pathlib.Path(results).iterdir()):
+                archive.write(part, _RESULTS + part.name)
+        write_whole(path, file.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Checkpoint":

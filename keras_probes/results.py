@@ -357,7 +357,7 @@ class ProbeResults:
         for name, (content, ending) in contents.items():
             digest = hashlib.sha256(content).hexdigest()
             files[name] = {"name": f"{name}-{digest[:16]}.{ending}", "sha256": digest}
-            _write_whole(directory / files[name]["name"], content)
+            write_whole(directory / files[name]["name"], content)
         manifest = {
             "format": _FORMAT,
             "files": files,
@@ -365,7 +365,7 @@ class ProbeResults:
             "probes": [{"target": target, "tap": tap} for target, tap in self.probes],
             "reductions": self.reductions,
         }
-        _write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
         kept = {file["name"] for file in files.values()}
         for stale in (*directory.glob("measures-*.csv"), *directory.glob("probes-*.npz")):
             if stale.name not in kept:
@@ -423,7 +423,7 @@ def _known(values: pd.Series) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 
-def _write_whole(path: pathlib.Path, content: bytes) -> None:
+def write_whole(path: pathlib.Path, content: bytes) -> None:
     """Writes a file so that under its name there is all of it or what was there before."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:

@@ -231,15 +231,15 @@ class SoftmaxHeads(keras.layers.Layer):
             labels: int32, shape (batch,).
             weight: float32, shape (n_taps, batch).
         """
-        residual = self.residual(inputs, labels, weight)
+        residual = self.residual(self.logits(inputs), labels, weight)
         by_kernel = tf.matmul(inputs, residual, transpose_a=True)
         return [by_kernel, ops.sum(residual, axis=1, keepdims=True)]
 
-    def residual(self, inputs: tf.Tensor, labels: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    def residual(self, logits: tf.Tensor, labels: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
         """Gradient in the logits, (n_taps, batch, num_classes); arguments as for `gradients`."""
-        residual = ops.softmax(self.logits(inputs)) - ops.one_hot(labels, self.num_classes)
+        residual = ops.softmax(logits) - ops.one_hot(labels, self.num_classes)
         labelled = ops.cast(labels >= 0, "float32")
-        batch = _over_replicas(ops.cast(ops.shape(inputs)[1], "float32"))
+        batch = _over_replicas(ops.cast(ops.shape(logits)[1], "float32"))
         return residual * (weight * labelled / batch)[..., None]
 
     def average(self, rate: tf.Tensor) -> None:
@@ -297,8 +297,8 @@ class ProjectedHeads(SoftmaxHeads):
         return ops.matmul(self._scaled(self.mean_projection), kernel), bias
 
     def gradients(self, inputs: tf.Tensor, labels: tf.Tensor, weight: tf.Tensor) -> list[tf.Tensor]:
-        residual = self.residual(inputs, labels, weight)
         projected = ops.matmul(inputs, self._scaled(self.projection))
+        residual = self.residual(super().logits(projected), labels, weight)
         by_kernel = tf.matmul(projected, residual, transpose_a=True)
         by_bias = ops.sum(residual, axis=1, keepdims=True)
         by_projected = tf.matmul(residual, self.kernel, transpose_b=True)

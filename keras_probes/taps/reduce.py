@@ -182,10 +182,7 @@ class GlobalAverage(_Positional):
             return ops.reshape(x, (-1, 1)) if len(inputs.shape) == 1 else x
         if mask is None:
             return ops.mean(x, axis=positions)
-        # A mask is (batch, time): it says nothing of channels or of further positions.
-        for axis in range(len(mask.shape), len(inputs.shape)):
-            mask = ops.expand_dims(mask, axis)
-        weights = ops.broadcast_to(ops.cast(mask, "float32"), ops.shape(x))
+        weights = _weights(mask, x)
         total = ops.sum(x * weights, axis=positions)
         return ops.divide_no_nan(total, ops.sum(weights, axis=positions))
 
@@ -225,10 +222,7 @@ class SpatialPool(_Positional):
         x = ops.moveaxis(ops.cast(inputs, "float32"), axis, -1)
         if mask is None:
             return ops.reshape(_pooled(x, grid), (-1, x.shape[-1] * int(np.prod(grid))))
-        weights = ops.cast(mask, "float32")
-        while len(weights.shape) < len(x.shape):
-            weights = ops.expand_dims(weights, -1)
-        weights = ops.broadcast_to(weights, ops.shape(x))
+        weights = _weights(mask, x)
         pooled = ops.divide_no_nan(_pooled(x * weights, grid), _pooled(weights, grid))
         return ops.reshape(pooled, (-1, x.shape[-1] * int(np.prod(grid))))
 
@@ -253,6 +247,16 @@ class SpatialPool(_Positional):
             f"SpatialPool(max_features={self.max_features}) keeps every channel. Received: "
             f"{channels} channels. Raise max_features, or use RandomFeatures."
         )
+
+
+def _weights(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """A mask as float32 in the shape of x.
+
+    It is (batch, time): it says nothing of channels or of further positions.
+    """
+    for axis in range(len(mask.shape), len(x.shape)):
+        mask = ops.expand_dims(mask, axis)
+    return ops.broadcast_to(ops.cast(mask, "float32"), ops.shape(x))
 
 
 def _pooled(x: tf.Tensor, grid: list[int]) -> tf.Tensor:

@@ -26,7 +26,7 @@ def evaluating():
     return callback
 
 
-# By name: directory -> callback; and the optimizer's options.
+# By name: directory -> callback.
 CALLBACKS = {
     "ModelCheckpoint of the model": lambda d: keras.callbacks.ModelCheckpoint(d / "m.keras"),
     "ModelCheckpoint of the weights": lambda d: keras.callbacks.ModelCheckpoint(
@@ -61,7 +61,6 @@ def train(digits, make, directory, *probes, order=1):
     return model, history, (own, fingerprint(model), getattr(callback, "seen", None))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_it_does_what_it_does_without_probes(digits, tmp_path, name):
     *_, plain = train(digits, CALLBACKS[name], tmp_path / "plain")

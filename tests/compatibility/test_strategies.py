@@ -84,7 +84,6 @@ print(json.dumps({
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_replicas_agree_with_one_device(replicas):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
