@@ -28,7 +28,7 @@ class ByHand(keras.callbacks.Callback):
             heads[name] = keras.layers.Dense(classes)(h)
         self.heads = keras.Model(of_heads, heads)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        self.heads.compile(keras.optimizers.Adam(1e-3), {name: loss for name in heads})
+        self.heads.compile(keras.optimizers.Adam(1e-3), dict.fromkeys(heads, loss))
 
     def on_train_batch_end(self, batch, logs=None):
         here = slice(batch * self.batch_size, (batch + 1) * self.batch_size)

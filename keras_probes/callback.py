@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from keras_probes.checkpoint import Backups, Checkpoint
 from keras_probes.online import OnlineProbes, Settings, mebibytes
-from keras_probes.probes.heads import Sums
 from keras_probes.probes.measures import METRICS, measure
+from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
 from keras_probes.results import ProbeResults, Row
 from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from keras_probes.probes.measures import METRICS, SUMS, batch_sums, measure
 from keras_probes.probes.solver import Block, Fit, Problem, fit_softmax
+from keras_probes.probes.spread import inverse_spread
 from keras_probes.results import Probe, ProbeResults, Row
 from keras_probes.store.features import FeatureStore, StoredArray
 
@@ -44,8 +45,8 @@ def fit_probes(
     """Finds the optimal linear probe of every tap, and proves how near it came.
 
     A probe minimises the mean cross-entropy plus `l2 / 2 * |W|^2` on features standardised by the
-    training rows; the problem is convex and `probes/solver.py` writes it out. With several
-    penalties, the one with the least validation loss is taken.
+    training rows (`probes/spread.py` says how); the problem is convex and `probes/solver.py` writes
+    it out. With several penalties, the one with the least validation loss is taken.
 
     Args:
         store: The features, and the rows to train on.
@@ -239,8 +240,9 @@ class _Features:
         self._checked.add(split)
 
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and 1 / standard deviation in float64, merged block by block (Chan et al. 1979)."""
+        """Mean and inverse spread in float64, merged block by block (Chan et al. 1979)."""
         count, mean, squares = 0, np.zeros(()), np.zeros(())
+        low, high = np.inf, -np.inf
         for raw, _ in self.splits["train"].blocks(self._stored["train"]):
             block = raw[np.isfinite(raw).all(axis=1)].astype("float64")
             if not len(block):
@@ -251,16 +253,16 @@ class _Features:
             squares = squares + ((block - of_block) ** 2).sum(axis=0)
             squares = squares + shift**2 * (count * len(block) / total)
             mean, count = mean + shift * (len(block) / total), total
+            low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
         if not count:
             raise ValueError(
                 f"Tap {self.tap!r} has no training row with finite features. Leave it out of "
                 "taps=, or find out where the host computes NaN or infinite values."
             )
-        variance = squares / count
-        # A spread that is no more than the rounding of float32 is none.
-        varies = variance > 1e-13 * mean**2 + 1e-60
-        scale = np.where(varies, 1.0 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
-        return mean, scale
+        reach = np.maximum(high - mean, mean - low)
+        # A spread that is no more than the rounding of float32 features is none.
+        scale = inverse_spread(mean, squares / count, reach, rounding=3e-7)
+        return mean, scale.numpy()
 
     def _warn_of_nonfinite(self) -> None:
         for split, finite in self.finite.items():

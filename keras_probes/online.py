@@ -14,7 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.probes.heads import ProbeSet, Sums, Width, memory_of, own_optimizer, parameters_of
+from keras_probes.probes.optimizer import own_optimizer
+from keras_probes.probes.probe_set import ProbeSet, Sums, Width, memory_of, parameters_of
 from keras_probes.probes.targets import Target, expected_classes, resolve_targets
 from keras_probes.results import TapInfo
 from keras_probes.taps.capture import Kind

@@ -1,4 +1,4 @@
-"""Every architecture of keras.applications: the taps that "auto" finds, and a step that trains them.
+"""Every architecture of keras.applications: taps that "auto" finds, and a step that trains them.
 
 The taps are listed in `applications.json`, written anew by
 `python tests/compatibility/test_applications.py`. CI takes the smallest network of each family; all
@@ -19,9 +19,7 @@ from keras_probes.taps.select import select
 GOLDEN = pathlib.Path(__file__).with_name("applications.json")
 CLASSES = 5
 NAMES = sorted(
-    name
-    for name, make in vars(keras.applications).items()
-    if callable(make) and name[0].isupper()
+    name for name, make in vars(keras.applications).items() if callable(make) and name[0].isupper()
 )
 # One of each family, the smallest, is enough for every run.
 SMALLEST = {

@@ -1,0 +1,267 @@
+"""All probes of a host, side by side: one a tap and target, under one optimizer.
+
+In: features, float32, shape (batch, n_features), by tap; labels and weights by target. Out:
+probabilities, and sums from which error and loss are read.
+
+Replicas of a host see a part of each batch: sums over examples are sums over all of them, and what
+comes of these is the same in each.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_probes.probes.heads import (
+    SAME,
+    ProjectedHeads,
+    SoftmaxHeads,
+    Standardize,
+    averaging_rate,
+    residual_of,
+)
+from keras_probes.probes.measures import SUMS, batch_sums
+from keras_probes.probes.replicas import sum_over_replicas
+
+# Of weights on features of length 1, as many times as there are examples to train on less: few
+# examples for many features would be learned by heart.
+PRIOR = 0.03
+
+Features = Mapping[str, tf.Tensor]  # by tap
+Labels = Mapping[str | None, tf.Tensor]  # by target
+Sums = Mapping[str | None, Mapping[str, Mapping[str, float]]]  # by target, tap, name in SUMS
+
+
+@dataclasses.dataclass(frozen=True)
+class Width:
+    """How wide the probe of a tap is.
+
+    Attributes:
+        n_features: Number of features.
+        rank: Width of the projection that is learned with the head, if any.
+    """
+
+    n_features: int
+    rank: int | None = None
+
+
+def parameters_of(width: Width, num_classes: int) -> int:
+    """Number of trainable parameters of one probe: W, or its two factors, and b."""
+    if width.rank is None:
+        return (width.n_features + 1) * num_classes
+    return width.n_features * width.rank + (width.rank + 1) * num_classes
+
+
+def memory_of(width: Width, num_classes: int) -> int:
+    """Bytes one probe takes: its parameters, their average, gradient and two optimizer slots."""
+    return 4 * (5 * parameters_of(width, num_classes) + 2 * width.n_features)
+
+
+@dataclasses.dataclass
+class _Group:
+    """The taps of one width: one standardisation, one stack of heads a target."""
+
+    taps: list[str]
+    standardize: Standardize
+    heads: dict[str | None, SoftmaxHeads]
+
+
+class ProbeSet:
+    """All probes of a host: their weights, optimizer and sums.
+
+    Args:
+        widths: How wide the probe of each tap is, in graph order.
+        num_classes: Number of classes of each target; the key is its name, `None` if it has none.
+        optimizer: Keras optimizer for the probes, used by nobody else.
+        seed: Seed of projections that are learned.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, Width],
+        num_classes: Mapping[str | None, int],
+        optimizer: keras.optimizers.Optimizer,
+        seed: int = 0,
+    ):
+        self.taps = list(widths)
+        self.targets = list(num_classes)
+        self.optimizer = optimizer
+        by_width: dict[Width, list[str]] = defaultdict(list)
+        for tap, width in widths.items():
+            by_width[width].append(tap)
+        self._groups = [_group(taps, width, num_classes, seed) for width, taps in by_width.items()]
+        self._steps = keras.Variable(0.0, dtype="float32", name="probe_steps", **SAME)
+        # Seen this epoch, and in the longest one.
+        self._examples = keras.Variable([0.0, 0.0], dtype="float32", name="examples", **SAME)
+        # float64 holds counts exactly and loses nothing over a long epoch.
+        shape = (len(self.targets) * len(self.taps), len(SUMS))
+        self._sums = {
+            kind: keras.Variable(np.zeros(shape), dtype="float64", name=kind, **SAME)
+            for kind in ("train", "test")
+        }
+        self.optimizer.build(self._trainable())
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            # What it gets are sums over the replicas already.
+            self.optimizer._all_reduce_sum_gradients = lambda pairs: pairs
+
+    def train(self, features: Features, labels: Labels, weights: Labels) -> None:
+        """Measures a batch, then takes one step on it.
+
+        The step descends, for every tap and target, on mean_i(weight_i * cross-entropy_i) plus
+        `PRIOR / (2 n) * |W|^2`, n being the number of examples there are to train on.
+
+        Args:
+            features: By tap, float32, shape (batch, n_features).
+            labels: By target, int32, shape (batch,); an example with -1 is left out.
+            weights: By target, float32, shape (batch,).
+        """
+        x, finite = self._stacked(features)
+        for group, of_group, counts in zip(self._groups, x, finite, strict=True):
+            group.standardize.update(of_group, counts)
+        z = self._standardized(x)
+        self._add_up("train", z, finite, labels, weights)
+
+        penalty = PRIOR / self._examples_with(tf.shape(z[0])[1])
+        gradients: list[tf.Tensor] = []
+        for target in self.targets:
+            heads = [group.heads[target] for group in self._groups]
+            logits = [head.logits(of_group) for head, of_group in zip(heads, z, strict=True)]
+            weight = tf.concat(finite, axis=0) * weights[target]
+            residual = residual_of(tf.concat(logits, axis=0), labels[target], weight)
+            parts = tf.split(residual, [len(group.taps) for group in self._groups])
+            for head, of_group, part in zip(heads, z, parts, strict=True):
+                gradients += head.gradients(of_group, part, penalty)
+        gradients = [sum_over_replicas(gradient) for gradient in gradients]
+        self.optimizer.apply(gradients, self._trainable())
+        self._steps.assign_add(1.0)
+        rate = averaging_rate(tf.convert_to_tensor(self._steps))
+        for heads in self._heads():
+            heads.average(rate)
+
+    def test(self, features: Features, labels: Labels, weights: Labels) -> None:
+        """Measures a batch; arguments as for `train`."""
+        x, finite = self._stacked(features)
+        self._add_up("test", self._standardized(x), finite, labels, weights)
+
+    def _stacked(self, features: Features) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """Features by group, with zeros for examples that have a NaN or infinite one at a tap.
+
+        Returns:
+            By group: float32, shape (n_taps, batch, n_features), and float32, shape
+            (n_taps, batch): 1 for the examples that count.
+        """
+        stacks, counts = [], []
+        for group in self._groups:
+            x = tf.stack([features[tap] for tap in group.taps])
+            finite = tf.reduce_all(tf.math.is_finite(x), axis=2, keepdims=True)
+            stacks.append(tf.where(finite, x, 0.0))
+            counts.append(tf.cast(finite[..., 0], tf.float32))
+        return stacks, counts
+
+    def _standardized(self, x: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        pairs = zip(self._groups, x, strict=True)
+        return [group.standardize.standardized(of_group) for group, of_group in pairs]
+
+    def _examples_with(self, batch: tf.Tensor) -> tf.Tensor:
+        """The number of examples of the longest epoch so far, this batch with them."""
+        seen = self._examples[0] + sum_over_replicas(tf.cast(batch, tf.float32))
+        most = tf.maximum(seen, self._examples[1])
+        self._examples.assign(tf.stack([seen, most]))
+        return most
+
+    def _add_up(
+        self,
+        kind: Literal["train", "test"],
+        z: Sequence[tf.Tensor],
+        finite: Sequence[tf.Tensor],
+        labels: Labels,
+        weights: Labels,
+    ) -> None:
+        rows = []
+        for target in self.targets:
+            pairs = zip(self._groups, z, strict=True)
+            logits = [group.heads[target].mean_logits(of_group) for group, of_group in pairs]
+            counts = tf.concat(finite, axis=0)
+            rows.append(
+                batch_sums(tf.concat(logits, axis=0), labels[target], weights[target], counts)
+            )
+        self._sums[kind].assign_add(sum_over_replicas(tf.concat(rows, axis=0)))
+
+    def reset_sums(self, kind: Literal["train", "test"]) -> None:
+        """Starts a new epoch of training, or a new evaluation."""
+        self._sums[kind].assign(np.zeros(self._sums[kind].shape))
+        if kind == "train":
+            self._examples.assign([0.0, self._examples[1]])
+
+    def sums(self, kind: Literal["train", "test"]) -> Sums:
+        """Returns `sums[target][tap][name]` since the last reset, for the names in `SUMS`."""
+        rows = iter(self._sums[kind].value.numpy().tolist())
+        found = {
+            (target, tap): dict(zip(SUMS, next(rows), strict=True))
+            for target in self.targets
+            for group in self._groups
+            for tap in group.taps
+        }
+        return {t: {tap: found[t, tap] for tap in self.taps} for t in self.targets}
+
+    def weights(self, tap: str, target: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """The probe on the raw features: float32 W (n_features, num_classes), b (num_classes,)."""
+        group = next(g for g in self._groups if tap in g.taps)
+        position, heads = group.taps.index(tap), group.heads[target]
+        # float64, since the two terms of b can be large and of opposite sign.
+        scale = group.standardize.scale().numpy().astype("float64")[position, 0]
+        shift = group.standardize.mean.value.numpy().astype("float64")[position, 0] * scale
+        kernel, bias = (np.asarray(w, "float64")[position] for w in heads.mean_weights())
+        folded = scale[:, None] * kernel, bias[0] - shift @ kernel
+        return folded[0].astype("float32"), folded[1].astype("float32")
+
+    @property
+    def steps(self) -> int:
+        """Number of batches the probes were trained on."""
+        return int(self._steps.value.numpy())
+
+    def outputs(self, features: Features) -> dict[str | None, dict[str, tf.Tensor]]:
+        """Returns `outputs[target][tap]`: probabilities, float32, shape (batch, num_classes)."""
+        found: dict[str | None, dict[str, Any]] = {target: {} for target in self.targets}
+        for group in self._groups:
+            z = group.standardize([features[tap] for tap in group.taps])
+            for target, heads in group.heads.items():
+                found[target].update(zip(group.taps, heads(z), strict=True))
+        return {target: {tap: found[target][tap] for tap in self.taps} for target in self.targets}
+
+    @property
+    def variables(self) -> dict[str, keras.Variable]:
+        """All that training changes but the sums: weights, statistics and optimizer slots."""
+        layers: list[keras.layers.Layer] = [
+            *(group.standardize for group in self._groups),
+            *self._heads(),
+        ]
+        found = {f"{layer.name}/{v.name}": v for layer in layers for v in layer.variables}
+        slots = {f"optimizer/{i}": v for i, v in enumerate(self.optimizer.variables)}
+        return {**found, **slots, "steps": self._steps, "examples": self._examples}
+
+    def _heads(self) -> list[SoftmaxHeads]:
+        """By target, then by group."""
+        return [group.heads[target] for target in self.targets for group in self._groups]
+
+    def _trainable(self) -> list[keras.Variable]:
+        return [variable for heads in self._heads() for variable, _ in heads.averaged]
+
+
+def _group(
+    taps: list[str], width: Width, num_classes: Mapping[str | None, int], seed: int
+) -> _Group:
+    name = f"{width.n_features}" + ("" if width.rank is None else f"_{width.rank}")
+    shape = len(taps), width.n_features
+    heads: dict[str | None, SoftmaxHeads] = {}
+    for position, (target, classes) in enumerate(num_classes.items()):
+        named = f"heads_{name}_{position}"
+        if width.rank is None:
+            heads[target] = SoftmaxHeads(*shape, classes, name=named)
+        else:
+            heads[target] = ProjectedHeads(*shape, classes, width.rank, seed, name=named)
+    return _Group(taps, Standardize(*shape, name=f"standardize_{name}"), heads)
