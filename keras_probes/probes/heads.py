@@ -158,13 +158,16 @@ class SoftmaxHeads(keras.layers.Layer):
     ) -> list[tf.Tensor]:
         """Gradients of the loss plus `penalty / 2 * |W|^2`, in the order of `averaged`.
 
+        They are those of all replicas' examples.
+
         Args:
             inputs: float32, shape (n_taps, batch, n_features).
             residual: Gradient of the loss in the logits, as `residual_of` gives it.
             penalty: The l2 penalty; the bias has none.
         """
-        by_kernel = tf.matmul(inputs, residual, transpose_a=True) + penalty * self.kernel
-        return [by_kernel, tf.reduce_sum(residual, axis=1, keepdims=True)]
+        by_kernel = sum_over_replicas(tf.matmul(inputs, residual, transpose_a=True))
+        by_bias = sum_over_replicas(tf.reduce_sum(residual, axis=1, keepdims=True))
+        return [by_kernel + penalty * self.kernel, by_bias]
 
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
@@ -226,7 +229,8 @@ class ProjectedHeads(SoftmaxHeads):
         """As `SoftmaxHeads.gradients`; the penalty is on V alone."""
         projected = tf.matmul(inputs, self._scaled(self.projection))
         by_projected = tf.matmul(residual, self.kernel, transpose_b=True)
-        by_projection = self._scaled(tf.matmul(inputs, by_projected, transpose_a=True))
+        by_projection = sum_over_replicas(tf.matmul(inputs, by_projected, transpose_a=True))
+        by_projection = self._scaled(by_projection)
         return [*super().gradients(projected, residual, penalty), by_projection]
 
     def get_config(self):

@@ -27,9 +27,10 @@ from keras_probes.probes.heads import (
 from keras_probes.probes.measures import SUMS, batch_sums
 from keras_probes.probes.replicas import sum_over_replicas
 
-# Of weights on features of length 1, as many times as there are examples to train on less: few
-# examples for many features would be learned by heart.
-PRIOR = 0.03
+# The l2 penalty of a probe: PRIOR * share^2 / n, for n examples to train on and the share that it
+# leaves of the log(num_classes) nats of a guess. Few examples of many features would be learned by
+# heart, noisy ones most of all; `benchmarks/tracking.py` shows what it comes to.
+PRIOR = 1.5
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
@@ -103,6 +104,8 @@ class ProbeSet:
             kind: keras.Variable(np.zeros(shape), dtype="float64", name=kind, **SAME)
             for kind in ("train", "test")
         }
+        # Running loss before the update, in the same order.
+        self._loss = keras.Variable(np.zeros(shape[0]), dtype="float32", name="loss", **SAME)
         self.optimizer.build(self._trainable())
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             # What it gets are sums over the replicas already.
@@ -112,7 +115,7 @@ class ProbeSet:
         """Measures a batch, then takes one step on it.
 
         The step descends, for every tap and target, on mean_i(weight_i * cross-entropy_i) plus
-        `PRIOR / (2 n) * |W|^2`, n being the number of examples there are to train on.
+        `penalty / 2 * |W|^2`; see `PRIOR`.
 
         Args:
             features: By tap, float32, shape (batch, n_features).
@@ -123,9 +126,9 @@ class ProbeSet:
         for group, of_group, counts in zip(self._groups, x, finite, strict=True):
             group.standardize.update(of_group, counts)
         z = self._standardized(x)
-        self._add_up("train", z, finite, labels, weights)
+        sums = self._add_up("train", z, finite, labels, weights)
 
-        penalty = PRIOR / self._examples_with(tf.shape(z[0])[1])
+        penalties = iter(self._penalties(sums, tf.shape(z[0])[1]))
         gradients: list[tf.Tensor] = []
         for target in self.targets:
             heads = [group.heads[target] for group in self._groups]
@@ -134,8 +137,7 @@ class ProbeSet:
             residual = residual_of(tf.concat(logits, axis=0), labels[target], weight)
             parts = tf.split(residual, [len(group.taps) for group in self._groups])
             for head, of_group, part in zip(heads, z, parts, strict=True):
-                gradients += head.gradients(of_group, part, penalty)
-        gradients = [sum_over_replicas(gradient) for gradient in gradients]
+                gradients += head.gradients(of_group, part, next(penalties))
         self.optimizer.apply(gradients, self._trainable())
         self._steps.assign_add(1.0)
         rate = averaging_rate(tf.convert_to_tensor(self._steps))
@@ -166,12 +168,28 @@ class ProbeSet:
         pairs = zip(self._groups, x, strict=True)
         return [group.standardize.standardized(of_group) for group, of_group in pairs]
 
-    def _examples_with(self, batch: tf.Tensor) -> tf.Tensor:
-        """The number of examples of the longest epoch so far, this batch with them."""
+    def _penalties(self, sums: tf.Tensor, batch: tf.Tensor) -> list[tf.Tensor]:
+        """The l2 penalty of each of `_heads`, shape (n_taps, 1, 1).
+
+        Args:
+            sums: Of this batch, over all replicas, as `_add_up` returns them.
+            batch: Number of examples in it, on this replica.
+        """
+        weight, loss = (sums[:, SUMS.index(name)] for name in ("weight", "weighted_loss"))
+        now = tf.cast(tf.math.divide_no_nan(loss, weight), tf.float32)
+        rate = averaging_rate(self._steps + 1.0) * tf.cast(weight > 0, tf.float32)
+        self._loss.assign_add(rate * (now - self._loss))
+
         seen = self._examples[0] + sum_over_replicas(tf.cast(batch, tf.float32))
-        most = tf.maximum(seen, self._examples[1])
-        self._examples.assign(tf.stack([seen, most]))
-        return most
+        n = tf.maximum(seen, self._examples[1])  # of the longest epoch so far
+        self._examples.assign(tf.stack([seen, n]))
+
+        heads = self._heads()
+        losses = tf.split(tf.convert_to_tensor(self._loss), [head.n_taps for head in heads])
+        shares = (
+            of / float(np.log(max(2, h.num_classes))) for h, of in zip(heads, losses, strict=True)
+        )
+        return [PRIOR / n * tf.square(share)[:, None, None] for share in shares]
 
     def _add_up(
         self,
@@ -180,7 +198,8 @@ class ProbeSet:
         finite: Sequence[tf.Tensor],
         labels: Labels,
         weights: Labels,
-    ) -> None:
+    ) -> tf.Tensor:
+        """Takes a batch into the sums; returns what it adds, over all replicas."""
         rows = []
         for target in self.targets:
             pairs = zip(self._groups, z, strict=True)
@@ -189,7 +208,9 @@ class ProbeSet:
             rows.append(
                 batch_sums(tf.concat(logits, axis=0), labels[target], weights[target], counts)
             )
-        self._sums[kind].assign_add(sum_over_replicas(tf.concat(rows, axis=0)))
+        sums = sum_over_replicas(tf.concat(rows, axis=0))
+        self._sums[kind].assign_add(sums)
+        return sums
 
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
         """Starts a new epoch of training, or a new evaluation."""
@@ -242,7 +263,13 @@ class ProbeSet:
         ]
         found = {f"{layer.name}/{v.name}": v for layer in layers for v in layer.variables}
         slots = {f"optimizer/{i}": v for i, v in enumerate(self.optimizer.variables)}
-        return {**found, **slots, "steps": self._steps, "examples": self._examples}
+        return {
+            **found,
+            **slots,
+            "steps": self._steps,
+            "examples": self._examples,
+            "loss": self._loss,
+        }
 
     def _heads(self) -> list[SoftmaxHeads]:
         """By target, then by group."""

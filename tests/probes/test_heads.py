@@ -250,7 +250,7 @@ def test_a_batch_with_nothing_finite_changes_nothing():
     kernel = np.asarray(probes._groups[0].heads[None].kernel)
     show(probes.train, {"a": np.full_like(x, np.nan)}, labels)
     # Nothing but the penalty moves it.
-    np.testing.assert_allclose(probes._groups[0].heads[None].kernel, kernel, rtol=1e-4)
+    np.testing.assert_allclose(probes._groups[0].heads[None].kernel, kernel, rtol=1e-3)
     assert probes.sums("train")[None]["a"]["count"] == 32
 
 
