@@ -8,18 +8,14 @@ class ByHand(keras.callbacks.Callback):
     """After every batch, runs the host once more and trains heads on what its layers return.
 
     Args:
-        x: The training data, in the order in which `fit` with `shuffle=False` takes them.
-        y: Integer labels.
-        batch_size: As of `fit`.
         taps: The layers' tensors by name: `keras.Model` outputs, reduced to vectors.
         inputs: The host's input tensor.
         classes: Number of classes.
         normalize: Whether a BatchNormalization stands before each head.
     """
 
-    def __init__(self, x, y, batch_size, taps, inputs, classes, normalize=False):
+    def __init__(self, taps, inputs, classes, normalize=False):
         super().__init__()
-        self.x, self.y, self.batch_size = x, y, batch_size
         self.features = keras.Model(inputs, taps)
         heads, of_heads = {}, {}
         for name, tensor in taps.items():
@@ -29,6 +25,10 @@ class ByHand(keras.callbacks.Callback):
         self.heads = keras.Model(of_heads, heads)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         self.heads.compile(keras.optimizers.Adam(1e-3), dict.fromkeys(heads, loss))
+
+    def batches(self, x, y, batch_size):
+        """Says what the next `fit` will be given, without shuffling."""
+        self.x, self.y, self.batch_size = x, y, batch_size
 
     def on_train_batch_end(self, batch, logs=None):
         here = slice(batch * self.batch_size, (batch + 1) * self.batch_size)

@@ -1,0 +1,211 @@
+"""How far online probes are from the optimum of the layer they look at, while the host trains.
+
+    python benchmarks/tracking.py mnist --data mnist.npz --reduce random
+    python benchmarks/tracking.py cifar --data cifar10.npz --reduce gap --mode isolated
+
+At the end of every epoch the host stands still: its features of the training rows are extracted and
+each tap's optimal probe is fitted (`fit_probes`, the penalty by a validation split). The gap is the
+error of the online probe minus that of the optimal one, on the same held-out images, in percentage
+points. Beside ours, in the same run, what people write by hand: Dense heads under Adam(1e-3) on a
+second forward pass, with and without BatchNormalization before them. The file has `x_train` and
+`y_train` (and `x_test`, `y_test`), images of 0..255.
+"""
+
+import argparse
+import tempfile
+
+import keras
+import numpy as np
+import pandas as pd
+from by_hand import ByHand
+from keras import layers
+
+from keras_probes import (
+    GlobalAverage,
+    LinearProbeCallback,
+    RandomFeatures,
+    extract_features,
+    fit_probes,
+)
+
+VALIDATION, TEST, BATCH = 1000, 2000, 64
+
+
+def convnet(shape):
+    """The paper's MNIST convnet (section 3.5)."""
+    return keras.Sequential(
+        [
+            keras.Input(shape),
+            layers.Conv2D(32, 5, padding="same", name="conv1"),
+            layers.ReLU(name="relu1"),
+            layers.MaxPooling2D(name="pool1"),
+            layers.Conv2D(64, 5, padding="same", name="conv2"),
+            layers.ReLU(name="relu2"),
+            layers.MaxPooling2D(name="pool2"),
+            layers.Flatten(),
+            layers.Dense(512, name="fc1"),
+            layers.ReLU(name="relu3"),
+            layers.Dropout(0.5),
+            layers.Dense(10, name="fc2"),
+        ]
+    )
+
+
+def resnet(shape, momentum=0.9):
+    """A residual network of ten convolutions with BatchNormalization."""
+
+    def conv(h, width, strides, name):
+        h = layers.Conv2D(
+            width, 3, strides=strides, padding="same", use_bias=False, name=f"{name}_conv"
+        )(h)
+        return layers.BatchNormalization(momentum=momentum, name=f"{name}_norm")(h)
+
+    inputs = keras.Input(shape)
+    h = layers.ReLU(name="stem")(conv(inputs, 16, 1, "stem"))
+    for block, (width, strides) in enumerate([(16, 1), (32, 2), (64, 2), (64, 1)], 1):
+        branch = layers.ReLU()(conv(h, width, strides, f"block{block}a"))
+        branch = conv(branch, width, 1, f"block{block}b")
+        if strides > 1:
+            h = layers.Conv2D(width, 1, strides=strides, use_bias=False)(h)
+        h = layers.Add(name=f"block{block}_add")([h, branch])
+        h = layers.ReLU(name=f"block{block}")(h)
+    h = layers.GlobalAveragePooling2D(name="pool")(h)
+    return keras.Model(inputs, layers.Dense(10, name="logits")(h))
+
+
+CUTS = ["conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2"]
+BLOCKS = [f"block{block}{end}" for block in range(1, 5) for end in ("_add", "")]
+HOSTS = {
+    "mnist": (convnet, 5, ["input", *CUTS]),
+    "cifar": (resnet, 10, ["input", "stem", *BLOCKS, "pool", "logits"]),
+}
+
+
+def images(path, limit):
+    with np.load(path) as file:
+        x = np.concatenate([file[name] for name in ("x_train", "x_test") if name in file])
+        y = np.concatenate([file[name] for name in ("y_train", "y_test") if name in file])
+    kept = np.random.default_rng(0).permutation(len(x))[:limit]
+    x = x[kept].astype("float32") / 255
+    return (x if x.ndim == 4 else x[..., None]), y[kept].ravel().astype("int64")
+
+
+def optimal_errors(host, splits, reduce):
+    """Test error of each tap's optimal probe, by tap, with the host as it is."""
+    with tempfile.TemporaryDirectory() as directory:
+        train, validation, test = (
+            extract_features(
+                host, data, f"{directory}/{split}", layers=list(reduce), reduce=reduce,
+                batch_size=200, verbose=False,
+            )
+            for split, data in splits.items()
+        )  # fmt: skip
+        results = fit_probes(train, validation=validation, test=test, verbose=False)
+        return results.table()["test error"]
+
+
+def track(host, splits, reduce, mode, epochs, with_by_hand):
+    """A row for each epoch, kind of probe and tap: the optimal error and the gap, in points."""
+    probes = LinearProbeCallback(list(reduce), reduce=reduce, mode=mode)
+    tensors = {
+        tap: reduction(host.inputs[0] if tap == "input" else host.get_layer(tap).output)
+        for tap, reduction in reduce.items()
+    }
+    by_hand = {
+        name: ByHand(tensors, host.inputs, 10, normalize)
+        for name, normalize in (("Dense", False), ("BatchNormalization, Dense", True))
+        if with_by_hand
+    }
+    rows = []
+    for epoch in range(epochs):
+        order = np.random.default_rng(epoch).permutation(len(splits["train"][0]))
+        batches = tuple(part[order] for part in splits["train"])
+        for one in by_hand.values():
+            one.batches(*batches, BATCH)
+        logs = host.fit(
+            *batches, batch_size=BATCH, shuffle=False, validation_data=splits["test"], verbose=0,
+            initial_epoch=epoch, epochs=epoch + 1, callbacks=[probes, *by_hand.values()],
+        ).history  # fmt: skip
+        errors = {"keras_probes": {tap: logs[f"val_probe_error/{tap}"][-1] for tap in reduce}}
+        errors |= {name: one.errors(*splits["test"]) for name, one in by_hand.items()}
+        optimal = optimal_errors(host, splits, reduce)
+        for name, by_tap in errors.items():
+            for tap, error in by_tap.items():
+                best = float(optimal[tap])
+                rows.append((epoch, name, tap, 100 * best, 100 * (error - best)))
+        ours = [row[-1] for row in rows if row[:2] == (epoch, "keras_probes")]
+        print(f"epoch {epoch + 1}: median gap {np.median(ours):.2f} points", flush=True)
+    return pd.DataFrame(rows, columns=["epoch", "probes", "tap", "optimal", "gap"])
+
+
+def summary(frame):
+    """Median, 95th percentile and worst gap of each kind of probe, as the targets ask for them."""
+    first, later = frame[frame.epoch == 0], frame[frame.epoch > 0]
+    by_kind = later.groupby("probes").gap
+    return pd.DataFrame(
+        {
+            "first epoch, median": first.groupby("probes").gap.median(),
+            "later, median": by_kind.median(),
+            "later, 95%": by_kind.quantile(0.95),
+            "later, worst": by_kind.max(),
+        }
+    )
+
+
+def plot(frame, path):
+    import matplotlib.pyplot as plt
+
+    kinds = list(dict.fromkeys(frame.probes))
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(4.5 * len(kinds), 3.6), sharey=True, layout="constrained"
+    )
+    for kind, ax in zip(kinds, np.atleast_1d(axes), strict=True):
+        table = frame[frame.probes == kind].pivot(index="epoch", columns="tap", values="gap")
+        table = table[list(dict.fromkeys(frame.tap))]
+        colors = plt.get_cmap("viridis")(np.linspace(0, 0.95, table.shape[1]))
+        for color, tap in zip(colors, table, strict=True):
+            ax.plot(table.index + 1, table[tap], color=color, label=tap)
+        ax.set(title=kind, xlabel="epoch")
+        ax.axhline(0, color="0.5", linewidth=0.8)
+    np.atleast_1d(axes)[0].set_ylabel("error above the optimum, points")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("host", choices=HOSTS)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--reduce", choices=["random", "gap"], default="random")
+    parser.add_argument("--mode", choices=["shared", "isolated"], default="shared")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--limit", type=int, help="number of images to use, of all three splits")
+    parser.add_argument("--no-by-hand", action="store_true", help="ours alone")
+    parser.add_argument("--figure", help="where to save a plot of the gaps")
+    args = parser.parse_args()
+
+    keras.utils.set_random_seed(0)
+    x, y = images(args.data, args.limit)
+    held_out = min(VALIDATION + TEST, len(x) // 3)
+    ends = np.cumsum([len(x) - held_out, held_out // 3])
+    parts = zip(np.split(x, ends), np.split(y, ends), strict=True)
+    splits = dict(zip(("train", "validation", "test"), parts, strict=True))
+    make, epochs, taps = HOSTS[args.host]
+    host = make(x.shape[1:])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    host.compile(keras.optimizers.Adam(1e-3), loss)
+    make_reduction = {"gap": GlobalAverage, "random": RandomFeatures}[args.reduce]
+    reduce = {tap: make_reduction() for tap in taps}
+    frame = track(host, splits, reduce, args.mode, args.epochs or epochs, not args.no_by_hand)
+
+    ours = frame[frame.probes == "keras_probes"]
+    table = ours.pivot(index="tap", columns="epoch", values="gap").loc[taps]
+    print(f"{args.host}, {args.reduce}, {args.mode}: error above the optimum, points, by epoch")
+    print(table.rename(columns=lambda epoch: epoch + 1).to_string(float_format="{:.2f}".format))
+    print(summary(frame).to_string(float_format="{:.2f}".format))
+    if args.figure:
+        plot(frame, args.figure)
+
+
+if __name__ == "__main__":
+    main()
