@@ -4,7 +4,11 @@ import hashlib
 
 import keras
 import numpy as np
+import pytest
 from keras import layers
+
+# What holds in both modes by the same code is left to CI for one of them.
+MODES = ["shared", pytest.param("isolated", marks=pytest.mark.slow)]
 
 
 def convnet(seed: int = 3) -> keras.Model:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from hosts import activations, compiled, convnet, dense_net
+from hosts import MODES, activations, compiled, convnet, dense_net
 from keras import layers
 
 from keras_probes import GlobalAverage, LinearProbeCallback, ProbeResults, RandomFeatures
@@ -141,7 +141,7 @@ class Spy(keras.callbacks.Callback):
         self.tests.append(dict(logs))
 
 
-@pytest.mark.parametrize("mode", ["shared", "isolated"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_other_callbacks_see_the_keys_in_any_order(digits, tmp_path, ours_first, mode):
     (x, y), validation = digits
@@ -175,7 +175,7 @@ def test_early_stopping_stops_by_a_probe(digits):
     assert len(history.history["loss"]) == 2
 
 
-@pytest.mark.parametrize("verbose", [1, 2])
+@pytest.mark.parametrize("verbose", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_progress_bar_stays_readable(digits, verbose):
     def printed(callbacks):
         model = compiled(dense_net())
@@ -419,7 +419,7 @@ def test_inputs_by_name_are_probed_in_the_models_order(digits):
         assert probes.weights("input[1]")[0].shape == (32, 10)
 
 
-@pytest.mark.parametrize("mode", ["shared", "isolated"])
+@pytest.mark.parametrize("mode", MODES)
 def test_gap_honours_the_mask_of_the_host(mode):
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 20, (240, 7)) * (np.arange(7) < rng.integers(1, 8, (240, 1)))
@@ -542,7 +542,7 @@ def test_labels_out_of_range(digits, mode):
     assert int(model.optimizer.iterations) == 0
 
 
-@pytest.mark.parametrize("mode", ["shared", "isolated"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_label_out_of_range_anywhere_in_arrays(digits, mode, split):
     (x, y), (x_val, y_val) = digits

@@ -135,6 +135,7 @@ def killed(path, at, given="None"):
     assert list(path.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_killed_while_the_store_is_made_it_starts_anew(whole, tmp_path):
     killed(tmp_path / "s", "tap_001_dense/zarr.json")
     extract(tmp_path / "s")
@@ -193,6 +194,7 @@ def test_workers_at_the_same_time(whole, tmp_path):
     assert contents(tmp_path / "s") == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_the_store_goes_on(whole, tmp_path):
     """The system refuses to write files of more than 200 kB; a chunk of the input has 262 kB."""
     script = f"""

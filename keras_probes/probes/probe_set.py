@@ -96,8 +96,8 @@ class ProbeSet:
             by_width[width].append(tap)
         self._groups = [_group(taps, width, num_classes, seed) for width, taps in by_width.items()]
         self._steps = keras.Variable(0.0, dtype="float32", name="probe_steps", **SAME)
-        # Seen this epoch, and in the longest one.
-        self._examples = keras.Variable([0.0, 0.0], dtype="float32", name="examples", **SAME)
+        # Of the longest epoch so far.
+        self._examples = keras.Variable(0.0, dtype="float32", name="examples", **SAME)
         # float64 holds counts exactly and loses nothing over a long epoch.
         shape = (len(self.targets) * len(self.taps), len(SUMS))
         self._sums = {
@@ -128,7 +128,7 @@ class ProbeSet:
         z = self._standardized(x)
         sums = self._add_up("train", z, finite, labels, weights)
 
-        penalties = iter(self._penalties(sums, tf.shape(z[0])[1]))
+        penalties = iter(self._penalties(sums))
         gradients: list[tf.Tensor] = []
         for target in self.targets:
             heads = [group.heads[target] for group in self._groups]
@@ -168,21 +168,21 @@ class ProbeSet:
         pairs = zip(self._groups, x, strict=True)
         return [group.standardize.standardized(of_group) for group, of_group in pairs]
 
-    def _penalties(self, sums: tf.Tensor, batch: tf.Tensor) -> list[tf.Tensor]:
+    def _penalties(self, sums: tf.Tensor) -> list[tf.Tensor]:
         """The l2 penalty of each of `_heads`, shape (n_taps, 1, 1).
 
         Args:
             sums: Of this batch, over all replicas, as `_add_up` returns them.
-            batch: Number of examples in it, on this replica.
         """
         weight, loss = (sums[:, SUMS.index(name)] for name in ("weight", "weighted_loss"))
         now = tf.cast(tf.math.divide_no_nan(loss, weight), tf.float32)
         rate = averaging_rate(self._steps + 1.0) * tf.cast(weight > 0, tf.float32)
         self._loss.assign_add(rate * (now - self._loss))
 
-        seen = self._examples[0] + sum_over_replicas(tf.cast(batch, tf.float32))
-        n = tf.maximum(seen, self._examples[1])  # of the longest epoch so far
-        self._examples.assign(tf.stack([seen, n]))
+        of_epoch = tf.convert_to_tensor(self._sums["train"])[0]
+        seen = sum(of_epoch[SUMS.index(name)] for name in ("count", "nonfinite", "unlabelled"))
+        n = tf.maximum(tf.cast(seen, tf.float32), tf.convert_to_tensor(self._examples))
+        self._examples.assign(n)
 
         heads = self._heads()
         losses = tf.split(tf.convert_to_tensor(self._loss), [head.n_taps for head in heads])
@@ -215,8 +215,6 @@ class ProbeSet:
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
         """Starts a new epoch of training, or a new evaluation."""
         self._sums[kind].assign(np.zeros(self._sums[kind].shape))
-        if kind == "train":
-            self._examples.assign([0.0, self._examples[1]])
 
     def sums(self, kind: Literal["train", "test"]) -> Sums:
         """Returns `sums[target][tap][name]` since the last reset, for the names in `SUMS`."""

@@ -1,7 +1,7 @@
 """Every architecture of keras.applications: taps that "auto" finds, and a step that trains them.
 
 The taps are listed in `applications.json`, written anew by
-`python tests/compatibility/test_applications.py`. CI takes the smallest network of each family; all
+`python -m tests.compatibility.test_applications`. CI takes the smallest network of each family; all
 of them, weekly or by hand: `pytest -m weekly tests/compatibility/test_applications.py`.
 """
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hosts import compiled, convnet
+from hosts import MODES, compiled, convnet
 
 from keras_probes import LinearProbeCallback
 
 
-@pytest.mark.parametrize("mode", ["shared", "isolated"])
+@pytest.mark.parametrize("mode", MODES)
 def test_two_runs_are_the_same_bit_for_bit(digits, mode):
     (x, y), validation = digits
     runs = []

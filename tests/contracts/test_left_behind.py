@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hosts import compiled, dense_net, fingerprint
+from hosts import MODES, compiled, dense_net, fingerprint
 
 from keras_probes import LinearProbeCallback
 
@@ -35,7 +35,7 @@ def state_of(host):
     }
 
 
-@pytest.fixture(params=["shared", "isolated"])
+@pytest.fixture(params=MODES)
 def mode(request):
     return request.param
 
