@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hosts import MODES, compiled, convnet, fingerprint
+from hosts import compiled, convnet, fingerprint
 from keras import layers
 
 from keras_probes import LinearProbeCallback
@@ -57,7 +57,8 @@ def test_host_is_bit_identical(digits, run_plain, mode, optimizer, jit):
     assert probed == run_plain(optimizer=optimizer, jit_compile=jit)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["shared", "isolated"])
 @pytest.mark.parametrize(
     "options", [{"steps_per_execution": 4}, {"run_eagerly": True}], ids=["loop", "eager"]
 )
