@@ -11,30 +11,14 @@ import time
 
 import keras
 import numpy as np
-from keras import layers
+from hosts import convnet
 
 from keras_probes import LinearProbeCallback
 
 
-def convnet() -> tuple[keras.Model, tuple]:
+def mnist_convnet() -> tuple[keras.Model, tuple]:
     """The paper's MNIST convnet, batch 64."""
-    model = keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            layers.Conv2D(32, 5, padding="same", name="conv1"),
-            layers.ReLU(),
-            layers.MaxPooling2D(),
-            layers.Conv2D(64, 5, padding="same", name="conv2"),
-            layers.ReLU(),
-            layers.MaxPooling2D(),
-            layers.Flatten(),
-            layers.Dense(512),
-            layers.ReLU(),
-            layers.Dropout(0.5),
-            layers.Dense(10),
-        ]
-    )
-    return model, ((28, 28, 1), 10, 64, {"layers": "auto"})
+    return convnet(), ((28, 28, 1), 10, 64, {"layers": "auto"})
 
 
 def resnet50() -> tuple[keras.Model, tuple]:
@@ -45,7 +29,7 @@ def resnet50() -> tuple[keras.Model, tuple]:
     return model, ((96, 96, 3), 1000, 16, {"layers": ["input", "*_add"]})
 
 
-HOSTS = {"convnet": convnet, "resnet50": resnet50}
+HOSTS = {"convnet": mnist_convnet, "resnet50": resnet50}
 
 
 def epoch_seconds(host: str, steps: int, rounds: int, reduce: str) -> dict[str, list[float]]:

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 import pandas as pd
 from by_hand import ByHand
+from hosts import convnet
 from keras import layers
 
 from keras_probes import (
@@ -31,34 +32,14 @@ from keras_probes import (
 VALIDATION, TEST, BATCH = 1000, 2000, 64
 
 
-def convnet(shape):
-    """The paper's MNIST convnet (section 3.5)."""
-    return keras.Sequential(
-        [
-            keras.Input(shape),
-            layers.Conv2D(32, 5, padding="same", name="conv1"),
-            layers.ReLU(name="relu1"),
-            layers.MaxPooling2D(name="pool1"),
-            layers.Conv2D(64, 5, padding="same", name="conv2"),
-            layers.ReLU(name="relu2"),
-            layers.MaxPooling2D(name="pool2"),
-            layers.Flatten(),
-            layers.Dense(512, name="fc1"),
-            layers.ReLU(name="relu3"),
-            layers.Dropout(0.5),
-            layers.Dense(10, name="fc2"),
-        ]
-    )
-
-
-def resnet(shape, momentum=0.9):
-    """A residual network of ten convolutions with BatchNormalization."""
+def resnet(shape):
+    """A residual network of nine convolutions with BatchNormalization, and two shortcuts."""
 
     def conv(h, width, strides, name):
         h = layers.Conv2D(
             width, 3, strides=strides, padding="same", use_bias=False, name=f"{name}_conv"
         )(h)
-        return layers.BatchNormalization(momentum=momentum, name=f"{name}_norm")(h)
+        return layers.BatchNormalization(momentum=0.9, name=f"{name}_norm")(h)
 
     inputs = keras.Input(shape)
     h = layers.ReLU(name="stem")(conv(inputs, 16, 1, "stem"))

@@ -98,8 +98,6 @@ _ACTIONS = st.one_of(
 @st.composite
 def examples(draw):
     kind = draw(st.sampled_from(["images", "sequences", "tokens"]))
-    # A token is one of a sequence: the input of images has none.
-    reduce = draw(_reductions(kind))
     return Example(
         kind=kind,
         policy=draw(st.sampled_from(["float32", "float32", "mixed_bfloat16", "float64"])),
@@ -107,7 +105,7 @@ def examples(draw):
         end=draw(st.sampled_from(["flatten", "average"])),
         eager=draw(st.booleans()),
         layers=draw(st.sampled_from(["auto", "all", "*e*", 2, 3])),
-        reduce=reduce,
+        reduce=draw(_reductions(kind)),
         isolated=draw(st.booleans()),
         schedule=tuple(draw(st.lists(_ACTIONS, max_size=3))),
     )
