@@ -85,9 +85,8 @@ def optimal_errors(host, splits, reduce):
         return results.table()["test error"]
 
 
-def track(host, splits, reduce, mode, epochs, with_by_hand):
+def track(host, splits, probes, reduce, epochs, with_by_hand):
     """A row for each epoch, kind of probe and tap: the optimal error and the gap, in points."""
-    probes = LinearProbeCallback(list(reduce), reduce=reduce, mode=mode)
     tensors = {
         tap: reduction(host.inputs[0] if tap == "input" else host.get_layer(tap).output)
         for tap, reduction in reduce.items()
@@ -161,6 +160,9 @@ def main():
     parser.add_argument("--mode", choices=["shared", "isolated"], default="shared")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--limit", type=int, help="number of images to use, of all three splits")
+    parser.add_argument(
+        "--unsettled", action="store_true", help="probes as their optimizer left them"
+    )
     parser.add_argument("--no-by-hand", action="store_true", help="ours alone")
     parser.add_argument("--figure", help="where to save a plot of the gaps")
     args = parser.parse_args()
@@ -175,9 +177,14 @@ def main():
     host = make(x.shape[1:])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     host.compile(keras.optimizers.Adam(1e-3), loss)
-    make_reduction = {"gap": GlobalAverage, "random": RandomFeatures}[args.reduce]
-    reduce = {tap: make_reduction() for tap in taps}
-    frame = track(host, splits, reduce, args.mode, args.epochs or epochs, not args.no_by_hand)
+    # With a seed of its own, a layer takes the same subset wherever it is used.
+    reduce = {
+        tap: GlobalAverage() if args.reduce == "gap" else RandomFeatures(seed=0) for tap in taps
+    }
+    probes = LinearProbeCallback(list(reduce), reduce=reduce, mode=args.mode)
+    if args.unsettled:
+        probes.sample_memory = 0
+    frame = track(host, splits, probes, reduce, args.epochs or epochs, not args.no_by_hand)
 
     ours = frame[frame.probes == "keras_probes"]
     table = ours.pivot(index="tap", columns="epoch", values="gap").loc[taps]

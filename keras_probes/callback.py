@@ -5,7 +5,9 @@ decided in `taps`, what is measured in `probes`; the probes of one host are an `
 """
 
 import dataclasses
+import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,11 +17,14 @@ import pandas as pd
 import tensorflow as tf
 
 from keras_probes.checkpoint import Backups, Checkpoint
+from keras_probes.extract import extract_features
+from keras_probes.fit import fit_probes
 from keras_probes.online import OnlineProbes, Settings, mebibytes
-from keras_probes.probes.measures import METRICS, measure
+from keras_probes.probes.measures import CODE_LENGTH, METRICS, guesses, measure
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
 from keras_probes.results import ProbeResults, Row
+from keras_probes.store.features import FeatureStore
 from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.reduce import Reduce
@@ -68,6 +73,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         mode: `"shared"`: probes read the model's own forward pass, at almost no cost, and the
             model trains as without them up to rounding. `"isolated"`: they run a second forward
             pass, at inference, and the model trains bit for bit as without them.
+        every: Probes train on every k-th batch, and cost nothing on the others.
         log_dir: Directory for TensorBoard event files; `None` writes none.
         backup_dir: Directory in which the probes are kept epoch by epoch while `fit` runs, as
             `keras.callbacks.BackupAndRestore` keeps the model: pass both callbacks, and a run that
@@ -76,6 +82,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
     Attributes:
         memory_limit: Bytes that all probes together may take, 2 GiB unless set otherwise.
+        sample_memory: Bytes for the examples on which the probes are settled at the end of each
+            epoch, with their features; 512 MiB unless set otherwise, and 0 to leave the probes as
+            their optimizer left them.
 
     Raises:
         ValueError: An argument is not one of its choices. What depends on the model or the data
@@ -83,6 +92,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     """
 
     memory_limit = 2 * 2**30
+    sample_memory = 512 * 2**20
 
     def __init__(
         self,
@@ -94,6 +104,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         optimizer: keras.optimizers.Optimizer | str | None = None,
         metrics: Sequence[Literal["error", "loss", "top5_error"]] = ("error", "loss"),
         mode: Literal["shared", "isolated"] = "shared",
+        every: int = 1,
         log_dir: str | os.PathLike | None = None,
         backup_dir: str | os.PathLike | None = None,
         seed: int = 0,
@@ -113,13 +124,17 @@ class LinearProbeCallback(keras.callbacks.Callback):
             _one_of("metrics", metric, METRICS)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"Expected `seed` to be an integer. Received: seed={seed!r}.")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(
+                f"Expected `every` to be an integer from 1. Received: every={every!r}."
+            )
         _one_of("mode", mode, ("shared", "isolated"))
         named_targets(target)
         self.metrics = tuple(metrics)
         self.log_dir = log_dir
         self.results = ProbeResults()
         self._settings = Settings(
-            layers, reduce, target, num_classes, optimizer, mode == "isolated", seed
+            layers, reduce, target, num_classes, optimizer, mode == "isolated", every, seed
         )
         self._online: OnlineProbes | None = None
         self._joint: Joint | None = None
@@ -162,6 +177,59 @@ class LinearProbeCallback(keras.callbacks.Callback):
         _one_of("tap", tap, probes.taps)
         _one_of("target", target, probes.targets)
         return probes.weights(tap, target)
+
+    def refit(
+        self,
+        data: Any,
+        *,
+        validation: Any = 0.1,
+        test: Any = 0.1,
+        batch_size: int = 32,
+        verbose: bool = True,
+        **options: Any,
+    ) -> ProbeResults:
+        """Fits every tap's optimal probe to the model as it is now: the offline path, at one go.
+
+        The features, of the same taps, reductions and targets, are kept on disk meanwhile.
+
+        Args:
+            data: What to train on: (x, y) or (x, y, sample_weight) of arrays, a `tf.data.Dataset`
+                or whatever `fit` takes, and that ends.
+            validation: What chooses the penalty: other data, or a fraction of `data`.
+            test: What to report on that chose nothing, likewise; `None` for nothing.
+            batch_size: Number of rows of a batch, for arrays.
+            verbose: Whether to show progress.
+            **options: Further arguments of `fit_probes`, such as `l2` and `tol`.
+
+        Returns:
+            Results as of `fit_probes`: errors, probes and certificates.
+
+        Raises:
+            ValueError: The probes are not built yet; or as `extract_features` and `fit_probes`.
+        """
+        online, asked = self._built(), self._settings
+        plan = online.plan
+        with tempfile.TemporaryDirectory() as directory:
+
+            def store(name: str, part: Any) -> FeatureStore:
+                return extract_features(
+                    online.host,
+                    part,
+                    os.path.join(directory, name),
+                    layers=list(plan.n_features),
+                    reduce={reduced.tap.name: reduced.reduction for reduced in plan.taps},
+                    target=asked.target,
+                    num_classes=online.num_classes,
+                    batch_size=batch_size,
+                    seed=asked.seed,
+                    verbose=verbose,
+                )
+
+            splits: dict[str, Any] = {
+                name: part if part is None or isinstance(part, float) else store(name, part)
+                for name, part in (("validation", validation), ("test", test))
+            }
+            return fit_probes(store("train", data), **splits, verbose=verbose, **options)
 
     def summary(
         self, model: keras.Model | None = None, print_fn: Callable[[str], Any] = print
@@ -262,11 +330,12 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if self._backups is not None and not self._begun:
             self._go_on(self._backups.read(epoch))
         self._begun = True
-        if self._online is not None and self._online.built:
-            self._online.probes.reset_sums("train")
+        if self._online is not None:
+            self._online.begin_epoch(self.params.get("steps"))
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        self._expect("train")
+        if self._joint is not None and self._online is not None:
+            self._joint.expect("train", self._online, self._online.part_in(batch))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if self._writer is not None:
@@ -295,7 +364,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._join("test", online)
 
     def on_test_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        self._expect("test")
+        if self._joint is not None and self._online is not None:
+            self._joint.expect("test", self._online)
 
     def on_test_end(self, logs: dict | None = None) -> None:
         in_fit = self._fit in calling_lists()
@@ -311,6 +381,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 self._online.restore(self._loaded)
                 self._loaded = None
         self._online.memory_limit = self.memory_limit
+        self._online.sample_memory = self.sample_memory
         return self._online
 
     def _checkpoint(self) -> Checkpoint:
@@ -318,16 +389,16 @@ class LinearProbeCallback(keras.callbacks.Callback):
         online, asked = self._built(), self._settings
         targets = named_targets(asked.target)
         is_code = any(callable(select) for select in targets.values())
-        classes = {target.name: target.num_classes for target in online.targets}
         settings = {
             "layers": [reduced.tap.name for reduced in online.plan.taps],
             "reduce": {reduced.tap.name: reduced.reduction for reduced in online.plan.taps},
             "target": None if is_code else asked.target,
             "target_is_code": is_code,
-            "num_classes": classes.get(None, classes),
+            "num_classes": online.num_classes,
             "optimizer": online.probes.optimizer,
             "metrics": self.metrics,
             "mode": "isolated" if asked.isolated else "shared",
+            "every": asked.every,
             "seed": asked.seed,
         }
         for name in ("reduce", "optimizer"):
@@ -367,10 +438,6 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._joint = Joint.at(online.host) or own or Joint(online.host)
         self._joint.attach(kind, online, next(iter(calling_lists()), None))
 
-    def _expect(self, kind: Kind) -> None:
-        if self._joint is not None and self._online is not None:
-            self._joint.expect(kind, self._online)
-
     def _leave(self, *kinds: Kind) -> None:
         if self._joint is not None and self._online is not None:
             for kind in kinds:
@@ -382,20 +449,25 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if not self.results.taps:
             self.results.taps = self._online.tap_infos()
         split = "train" if kind == "train" else self._test_split
-        rows = list(self._rows(sums, split, self._online.probes.steps))
+        rows = list(self._rows(sums, split, self._online))
         self.results.add(rows)
         # Before Keras backs up the host: where its backup is there, ours is.
         if self._backups is not None and split in ("train", "validation"):
             self._backups.write(self._epoch + 1, self._checkpoint())
-        return {_log_key(row): row.value for row in rows}
+        return {_log_key(row): row.value for row in rows if row.metric in self.metrics}
 
-    def _rows(self, sums: Sums, split: str, step: int) -> Iterable[Row]:
+    def _rows(self, sums: Sums, split: str, online: OnlineProbes) -> Iterable[Row]:
+        kind: Kind = "train" if split == "train" else "test"
+        certificates = online.certificates(kind)
         for target, by_tap in sums.items():
-            for metric in self.metrics:
+            known, counts = (online.probes.label_counts(k, target) for k in ("train", kind))
+            code = (CODE_LENGTH,) if kind == "train" and online.first_pass else ()
+            for metric in (*self.metrics, *code):
+                majority, chance = guesses(metric, known, counts)
                 for tap, row in by_tap.items():
                     yield Row(
                         epoch=self._epoch,
-                        step=step,
+                        step=online.probes.steps,
                         split=split,
                         target=target,
                         tap=tap,
@@ -403,6 +475,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
                         value=measure(metric, row),
                         n=int(row["count"]),
                         nonfinite=int(row["nonfinite"]),
+                        certificate=certificates.get((target, tap), math.nan),
+                        majority=majority,
+                        chance=chance,
                     )
 
 

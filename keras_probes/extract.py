@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.forward import ForwardPass
 from keras_probes.probes.targets import Target, resolve_targets
 from keras_probes.store.features import DTYPES, FORMAT, ArrayName, FeatureStore
 from keras_probes.taps.batches import batches_of
@@ -110,50 +111,23 @@ def extract_features(
     }
     # As it will be read back: JSON has lists for tuples.
     store = FeatureStore.create(path, json.loads(json.dumps(manifest)), _subsets(plan))
-    step = _Step(plan, targets, dtype, batches.spec)
+    forward = ForwardPass(plan, targets, batches.spec, dtype)
     with _progress(batches.rows, verbose) as progress, _Writer(store, worker) as writer:
         for batch in itertools.chain([first], iterator):
-            writer.add(step(batch) if writer.wants(_length(batch)) else step.labels(batch))
+            parts = forward(batch) if writer.wants(_length(batch)) else forward.labels(batch)
+            writer.add(_checked(parts, targets))
             progress.update(_length(batch))
     store.finish(writer.rows)
     return FeatureStore(path)
 
 
-class _Step:
-    """What is kept of a batch: features of all taps, labels and weights of all targets."""
-
-    def __init__(self, plan: TapPlan, targets: list[Target], dtype: str, spec: Any):
-        self._plan, self._targets, self._dtype = plan, targets, dtype
-        self._compiled = tf.function(self._forward, input_signature=[spec], autograph=False)
-
-    def __call__(self, batch: Any) -> Rows:
-        rows = {name: tensor.numpy() for name, tensor in self._compiled(batch).items()}
-        self._check_labels(rows)
-        return rows
-
-    def labels(self, batch: Any) -> Rows:
-        """The labels alone, which takes no forward pass."""
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        rows: Rows = {("labels", t.name): t.labels(x, y).numpy() for t in self._targets}
-        self._check_labels(rows)
-        return rows
-
-    def _forward(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        rows: dict[ArrayName, tf.Tensor] = {}
-        for tap, features in self._plan.features_of(x).items():
-            rows["tap", tap] = tf.cast(features, self._dtype)
-        for target in self._targets:
-            labels = target.labels(x, y)
-            rows["labels", target.name] = labels
-            if sample_weight is not None:
-                rows["weights", target.name] = target.weights(sample_weight, labels)
-        return rows
-
-    def _check_labels(self, rows: Rows) -> None:
-        for target in self._targets:
-            labels = rows["labels", target.name]
-            target.refuse(int(np.count_nonzero(labels < 0)), len(labels))
+def _checked(parts: dict[ArrayName, tf.Tensor], targets: list[Target]) -> Rows:
+    """A batch's parts as NumPy has them, none of its labels missing."""
+    rows: Rows = {name: part.numpy() for name, part in parts.items()}
+    for target in targets:
+        labels = rows["labels", target.name]
+        target.refuse(int(np.count_nonzero(labels < 0)), len(labels))
+    return rows
 
 
 class _Writer:

@@ -7,6 +7,7 @@ how far it can be from the optimum.
 import concurrent.futures
 import dataclasses
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.probes.measures import METRICS, SUMS, batch_sums, measure
+from keras_probes.probes.measures import METRICS, SUMS, batch_sums, guesses, measure
 from keras_probes.probes.solver import Block, Fit, Problem, fit_softmax
 from keras_probes.probes.spread import inverse_spread
 from keras_probes.results import Probe, ProbeResults, Row
@@ -366,13 +367,16 @@ class _TapFit:
             "iterations": self._fit.iterations,
             "objective": self._fit.objective,
             "gradient_norm": self._fit.gradient_norm,
-            "certificate": self._fit.certificate,
             "converged": float(self._fit.converged),
         }
         rows = []
+        counts = {split: self._counts(split) for split in self._measures}
         for split, measures in self._measures.items():
             of_split = {metric: measures[metric] for metric in METRICS}
             for metric, value in {**of_split, **(fit if split == "train" else {})}.items():
+                majority, chance = math.nan, math.nan
+                if metric in METRICS:
+                    majority, chance = guesses(metric, counts["train"], counts[split])
                 rows.append(
                     Row(
                         epoch=0,
@@ -384,9 +388,16 @@ class _TapFit:
                         value=value,
                         n=int(measures["n"]),
                         nonfinite=int(measures["nonfinite"]),
+                        certificate=self._fit.certificate,
+                        majority=majority,
+                        chance=chance,
                     )
                 )
         return rows
+
+    def _counts(self, split: Split) -> np.ndarray:
+        """Number of examples of each class."""
+        return np.bincount(self._labels[split], minlength=self._num_classes)
 
     def summary(self) -> str:
         """A line on the probe."""

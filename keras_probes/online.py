@@ -5,8 +5,9 @@ the observer that `taps.capture` calls; the callback decides when.
 """
 
 import dataclasses
+import math
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.forward import ForwardPass
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Sums, Width, memory_of, parameters_of
+from keras_probes.probes.settle import Settled
 from keras_probes.probes.targets import Target, expected_classes, resolve_targets
 from keras_probes.results import TapInfo
-from keras_probes.taps.capture import Kind
+from keras_probes.sample import Sample
+from keras_probes.taps.capture import Kind, Part
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
@@ -35,6 +39,7 @@ class Settings:
     num_classes: int | Mapping[str, int] | None
     optimizer: keras.optimizers.Optimizer | str | None
     isolated: bool
+    every: int
     seed: int
 
 
@@ -51,9 +56,12 @@ class OnlineProbes:
 
     Attributes:
         memory_limit: Bytes all probes together may take.
+        sample_memory: Bytes that the examples they are settled on may take, with their features.
+        first_pass: Whether the probes had seen no example before this epoch.
     """
 
     memory_limit: int
+    sample_memory: int
 
     def __init__(
         self,
@@ -62,7 +70,8 @@ class OnlineProbes:
         report: Callable[[Kind, Sums], dict[str, float]],
     ):
         self.host = host
-        self.isolated = settings.isolated
+        self.isolated, self.every = settings.isolated, settings.every
+        self.first_pass = True
         self.targets: list[Target] = []
         self._settings = settings
         self._report = report
@@ -70,6 +79,10 @@ class OnlineProbes:
         self._probes: ProbeSet | None = None
         self._model: keras.Model | None = None
         self._pending: Mapping[str, np.ndarray] | None = None  # to restore once built
+        self._sample = Sample()
+        self._forward: ForwardPass | None = None
+        self._settled: dict[tuple[str | None, str], Settled] = {}
+        self._settled_at = -1  # number of steps by then
 
     @property
     def built(self) -> bool:
@@ -92,6 +105,12 @@ class OnlineProbes:
         """The probes; once `built`."""
         assert self._probes is not None
         return self._probes
+
+    @property
+    def num_classes(self) -> int | dict[str, int]:
+        """Number of classes, or a mapping from target names to it; once `built`."""
+        named = {target.name: target.num_classes for target in self.targets if target.name}
+        return named or self.targets[0].num_classes
 
     def choose_taps(self, input_spec: Any) -> None:
         """Looks at the host, once its input is known, and picks the taps.
@@ -146,6 +165,27 @@ class OnlineProbes:
             )
             for tap, width in self._widths().items()
         }
+
+    def begin_epoch(self, steps: int | None) -> None:
+        """Starts the sums and the sample of an epoch of training.
+
+        Args:
+            steps: Number of its batches, where it is known.
+        """
+        if steps is not None:
+            calls = math.ceil(steps / self.host.steps_per_execution)
+            steps = math.ceil(calls / self.every) * self.host.steps_per_execution
+        self._sample.begin(self.sample_memory, steps)
+        self.first_pass = not self.built or not self.probes.steps
+        if self.built:
+            self.probes.reset_sums("train")
+
+    def part_in(self, batch: int) -> Part:
+        """What part to take in the step that begins with this batch of the epoch."""
+        turn, rest = divmod(batch // self.host.steps_per_execution, self.every)
+        if rest:
+            return "rest"
+        return "keep" if self._sample.wants(turn * self.host.steps_per_execution) else "observe"
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything the probes have become, by name: a copy that later training leaves alone."""
@@ -217,6 +257,11 @@ class OnlineProbes:
         for target in self.targets:
             target.refuse(unlabelled[target], total[target])
 
+    def keep(self, batches: Sequence[Any], spec: Any) -> None:
+        if self._forward is None or self._forward.spec != spec:
+            self._forward = ForwardPass(self.plan, self.targets, spec)
+        self._sample.add(batches, 4 * sum(self.plan.n_features.values()))
+
     def layers(self) -> Iterable[keras.Operation]:
         return self.plan.layers()
 
@@ -239,7 +284,45 @@ class OnlineProbes:
             unlabelled = int(of_tap["unlabelled"])
             total = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
             target.refuse(unlabelled, total)
+        if kind == "train":
+            self._settle()
         return self._report(kind, sums)
+
+    def certificates(self, kind: Kind) -> dict[tuple[str | None, str], float]:
+        """Upper bounds on how far the probes were above their optimum, in nats.
+
+        Args:
+            kind: `"train"`: those that trained in the epoch that ends; `"test"`: as they are now.
+
+        Returns:
+            By target and tap; probes of which nothing is known are not there.
+        """
+        if self._settled_at != self.probes.steps:
+            return {}
+        return {
+            key: settled.before if kind == "train" else settled.after
+            for key, settled in self._settled.items()
+        }
+
+    def _settle(self) -> None:
+        """Takes the probes to their optimum on the examples kept, with the host as it is now."""
+        self._settled = {}
+        if not self._sample.batches:
+            return
+        assert self._forward is not None
+        parts = defaultdict(list)
+        while self._sample.batches:
+            for name, part in self._forward(self._sample.batches.popleft()).items():
+                parts[name].append(part)
+        rows = {name: tf.concat(parts.pop(name), axis=0) for name in list(parts)}
+        labels = {t.name: rows["labels", t.name] for t in self.targets}
+        weights = {
+            name: rows.get(("weights", name), tf.ones(len(of_target)))
+            for name, of_target in labels.items()
+        }
+        features = {tap: rows["tap", tap] for tap in self.plan.n_features}
+        self._settled = self.probes.settle(features, labels, weights)
+        self._settled_at = self.probes.steps
 
     def _widths(self) -> dict[str, Width]:
         return {t.tap.name: Width(t.n_features, t.rank) for t in self.plan.taps}

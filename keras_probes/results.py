@@ -34,13 +34,18 @@ COLUMNS = (
     "ci_low",
     "ci_high",
     "nonfinite",
+    "certificate",
+    "majority",
+    "chance",
 )
 _ERRORS = ("error", "top5_error")
-_OF_FIT = ("l2", "certificate", "converged")
+_IN_TABLE = ("l2", "converged", "code_length")
+CONVERGED = 1e-2  # nats; of a probe that trained online
 _AS_TEXT: dict[str, Any] = {
     "float_format": "{:.4f}".format,
     "formatters": {"l2": "{:.0e}".format, "certificate": "{:.0e}".format},
 }
+_NUMBERS = ("value", "certificate", "majority", "chance")  # that may be NaN
 _MANIFEST = "probes.json"
 _FORMAT = 1
 
@@ -86,10 +91,16 @@ class Row:
         split: `"train"`, `"validation"` or `"test"`.
         target: Name of the target; `None` if there is a single, unnamed one.
         tap: Tap name.
-        metric: `"error"`, `"loss"` (nats) or `"top5_error"`.
+        metric: `"error"`, `"loss"` (nats), `"top5_error"`, or of the first pass of training
+            `"code_length"` (bits a label).
         value: The measure; NaN where no example could be measured.
         n: Number of examples it was measured on.
         nonfinite: Number of examples left out since a feature was NaN or infinite.
+        certificate: Upper bound on how far the training objective of the probe that was measured
+            is above its optimum, in nats; NaN if none is known.
+        majority: The measure of who sees no feature, and answers by the class frequencies of the
+            training labels alone; NaN if they are not known.
+        chance: That of who does not know these either.
     """
 
     epoch: int
@@ -101,6 +112,9 @@ class Row:
     value: float
     n: int
     nonfinite: int = 0
+    certificate: float = math.nan
+    majority: float = math.nan
+    chance: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +189,10 @@ class ProbeResults:
         Returns:
             A frame with the columns `epoch`, `step`, `split`, `target`, `tap`, `depth`, `metric`,
             `value`, `n`, `ci_low` and `ci_high` (95% Wilson interval of an error, NaN for a loss),
-            and `nonfinite` (examples left out since a feature was NaN or infinite). In order of
-            time, then depth.
+            `nonfinite` (examples left out since a feature was NaN or infinite), `certificate`
+            (nats the probe's training objective may be above its optimum, NaN if not known), and
+            `majority` and `chance` (the same measure of who sees no feature, with and without
+            knowing the class frequencies). In order of time, then depth.
         """
         depths = {tap.name: tap.depth for tap in self.taps}
         records = []
@@ -203,8 +219,10 @@ class ProbeResults:
             A frame indexed by tap, with `depth`, `layer`, `shape`, `reduction`, `features`, and
             for each measured split its value and, for an error, `±95%`: half the width of its
             confidence interval. `nonfinite` is there if examples had to be left out: their number
-            in the splits shown. Probes of `fit_probes` have `l2`, the `certificate` (nats their
-            training objective may be above its optimum) and `converged` besides.
+            in the splits shown. Where it is known, `certificate` is how many nats the training
+            objective of the probes may be above its optimum, those of the last split shown, and
+            `converged` whether that is within the tolerance. Probes of `fit_probes` have their
+            `l2` besides; those of a callback their `code_length` (prequential, in bits a label).
 
         Raises:
             ValueError: There are several targets and none is named, or nothing of this metric,
@@ -236,8 +254,11 @@ class ProbeResults:
             if metric in _ERRORS:
                 table[f"{split} ±95%"] = (rows["ci_high"] - rows["ci_low"]) / 2
             table["nonfinite"] += rows["nonfinite"].fillna(0).astype(int)
-        fits = frame[frame["metric"].isin(_OF_FIT)].groupby(["metric", "tap"]).tail(1)
-        for name, rows in fits.groupby("metric", sort=False):
+            certificate = rows["certificate"]
+        if certificate.notna().any():
+            table = table.assign(certificate=certificate, converged=certificate <= CONVERGED)
+        of_fit = frame[frame["metric"].isin(_IN_TABLE)].groupby(["metric", "tap"]).tail(1)
+        for name, rows in of_fit.groupby("metric", sort=False):
             values = rows.set_index("tap")["value"].reindex(table.index)
             table[name] = values == 1.0 if name == "converged" else values
         nonfinite = table.pop("nonfinite")
@@ -312,16 +333,30 @@ class ProbeResults:
         if not tables:
             return repr(self)
         return "\n\n".join(
-            ("" if name is None else f"{name}\n") + table.to_string(**_AS_TEXT)
+            ("" if name is None else f"{name}\n")
+            + table.to_string(**_AS_TEXT)
+            + f"\n{self._without_features(name)}"
             for name, table in tables.items()
         )
 
     def _repr_html_(self) -> str:
         """The tables, as notebooks show them."""
         return "\n".join(
-            ("" if name is None else f"<h4>{html.escape(name)}</h4>\n") + table.to_html(**_AS_TEXT)
+            ("" if name is None else f"<h4>{html.escape(name)}</h4>\n")
+            + table.to_html(**_AS_TEXT)
+            + f"\n<p>{html.escape(self._without_features(name))}</p>"
             for name, table in self._tables().items()
         ) or html.escape(repr(self))
+
+    def _without_features(self, target: str | None) -> str:
+        """What the measure in the table comes to for who sees no feature, as a sentence."""
+        metric = self.rows[0].metric
+        known = [row for row in self.rows if (row.target, row.metric) == (target, metric)]
+        last = known[-1]
+        return (
+            f"{last.split} {metric} without features: {last.majority:.4f} by class frequencies, "
+            f"{last.chance:.4f} by chance"
+        )
 
     def _tables(self) -> dict[str | None, pd.DataFrame]:
         """The table of each target, of the metric that was asked for first."""
@@ -405,7 +440,7 @@ class ProbeResults:
             dtype=types,
             float_precision="round_trip",  # pandas 2's own parser loses the last digits
             keep_default_na=False,
-            na_values={"value": [""]},
+            na_values={column: [""] for column in _NUMBERS},
         )
         taps = [TapInfo.from_json(tap) for tap in manifest["taps"]]
         records: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]

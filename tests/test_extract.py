@@ -13,7 +13,14 @@ import pytest
 import tensorflow as tf
 from hosts import activations, compiled, convnet, dense_net, fingerprint
 
-from keras_probes import FeatureStore, LearnedProjection, LinearProbeCallback, extract_features
+from keras_probes import (
+    FeatureStore,
+    LearnedProjection,
+    LinearProbeCallback,
+    SpatialPool,
+    Token,
+    extract_features,
+)
 
 ROWS = 2130  # in batches of 50: two chunks of 1,050 rows and one of 30
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,6 +79,39 @@ def test_features_are_the_activations_and_the_taps_those_of_the_callback(tmp_pat
         if tap.name != "input":
             expected = before[tap.name].reshape(100, -1)
             np.testing.assert_allclose(store.features(tap.name)[:], expected, atol=1e-6)
+
+
+def test_a_layer_before_and_after_its_activation(tmp_path):
+    taps = ["dense", "dense:preactivation"]
+    store = extract(tmp_path / "s", model=convnet(), layers=taps)
+    before = store.features("dense:preactivation")[:]
+    assert (before < 0).any()
+    np.testing.assert_allclose(store.features("dense")[:], np.maximum(before, 0), atol=1e-6)
+
+
+def test_a_coarser_grid(tmp_path):
+    model = convnet()
+    store = extract(tmp_path / "s", model=model, layers="conv", reduce=SpatialPool(100))
+    activation = activations(model, "conv", data()[0])
+    side = 8 // int(np.sqrt(store.features("conv").shape[1] / activation.shape[-1]))
+    assert side > 1
+    blocks = activation.reshape(ROWS, 8 // side, side, 8 // side, side, -1).mean(axis=(2, 4))
+    expected = np.moveaxis(blocks, -1, 1).reshape(ROWS, -1)
+    np.testing.assert_allclose(store.features("conv")[:], expected, atol=1e-6)
+
+
+def test_the_last_token_that_is_not_masked(tmp_path):
+    tokens = np.array([[3, 1, 2, 0], [1, 2, 0, 0], [2, 2, 1, 3]])
+    x = keras.Input((4,), dtype="int64")
+    h = keras.layers.Embedding(5, 3, mask_zero=True, name="embedding")(x)
+    h = keras.layers.LSTM(3, return_sequences=True, name="lstm")(h)
+    model = keras.Model(x, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling1D()(h)))
+    store = extract(
+        tmp_path / "s", (tokens, np.array([0, 1, 0])), model, layers="lstm", reduce=Token(-1)
+    )
+    steps = activations(model, "lstm", tokens)
+    expected = steps[np.arange(3), [2, 1, 3]]
+    np.testing.assert_allclose(store.features("lstm")[:], expected, atol=1e-6)
 
 
 def test_the_host_is_not_touched(tmp_path):

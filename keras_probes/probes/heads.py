@@ -106,6 +106,20 @@ class Standardize(keras.layers.Layer):
         faded = (1.0 - some / HORIZON) * self.reach  # of a host that has moved on
         self.reach.assign(tf.maximum(max_over_replicas(reach), faded))
 
+    def restart(self, place: int, x: tf.Tensor) -> tf.Tensor:
+        """Takes the statistics of one tap from examples at hand alone; returns their z.
+
+        Args:
+            place: Of the tap.
+            x: float32, shape (n, n_features), all finite.
+        """
+        mean, variance = tf.nn.moments(x, axes=0, keepdims=True)
+        reach = tf.reduce_max(tf.abs(x - mean), axis=0, keepdims=True)
+        new = (mean, variance, reach)
+        for variable, value in zip((self.mean, self.variance, self.reach), new, strict=True):
+            variable.value[place].assign(value)
+        return (x - mean) * self.scale()[place]
+
     def compute_output_shape(self, input_shape):
         return (self.n_taps, input_shape[0][0], self.n_features)
 
@@ -169,6 +183,17 @@ class SoftmaxHeads(keras.layers.Layer):
         by_bias = sum_over_replicas(tf.reduce_sum(residual, axis=1, keepdims=True))
         return [by_kernel + penalty * self.kernel, by_bias]
 
+    def projected(self, place: int, z: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
+        """What the kernel of one tap is applied to, of z, float32, shape (n, n_features)."""
+        return z
+
+    def restart(self, place: int, kernel: np.ndarray, bias: np.ndarray) -> None:
+        """Goes on from this kernel and bias of one tap, and its averages of anything else."""
+        self.mean_kernel.value[place].assign(kernel)
+        self.mean_bias.value[place].assign(bias[None])
+        for variable, mean in self.averaged:
+            variable.value[place].assign(mean.value[place])
+
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
         for variable, mean in self.averaged:
@@ -218,6 +243,9 @@ class ProjectedHeads(SoftmaxHeads):
 
     def mean_logits(self, inputs: tf.Tensor) -> tf.Tensor:
         return super().mean_logits(tf.matmul(inputs, self._scaled(self.mean_projection)))
+
+    def projected(self, place: int, z: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(z, self._scaled(self.mean_projection.value[place]))
 
     def mean_weights(self) -> tuple[tf.Tensor, tf.Tensor]:
         kernel, bias = super().mean_weights()

@@ -26,11 +26,7 @@ from keras_probes.probes.heads import (
 )
 from keras_probes.probes.measures import SUMS, batch_sums
 from keras_probes.probes.replicas import sum_over_replicas
-
-# The l2 penalty of a probe: PRIOR * share^2 / n, for n examples to train on and the share that it
-# leaves of the log(num_classes) nats of a guess. Few examples of many features would be learned by
-# heart, noisy ones most of all; `benchmarks/tracking.py` shows what it comes to.
-PRIOR = 1.5
+from keras_probes.probes.settle import ENOUGH, PRIOR, Settled, settle
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
@@ -104,6 +100,14 @@ class ProbeSet:
             kind: keras.Variable(np.zeros(shape), dtype="float64", name=kind, **SAME)
             for kind in ("train", "test")
         }
+        # How often each class is among the labels.
+        self._labels = {
+            (kind, target): keras.Variable(
+                np.zeros(classes), dtype="float64", name=f"{kind}_labels_{place}", **SAME
+            )
+            for kind in ("train", "test")
+            for place, (target, classes) in enumerate(num_classes.items())
+        }
         # Running loss before the update, in the same order.
         self._loss = keras.Variable(np.zeros(shape[0]), dtype="float32", name="loss", **SAME)
         self.optimizer.build(self._trainable())
@@ -148,6 +152,41 @@ class ProbeSet:
         """Measures a batch; arguments as for `train`."""
         x, finite = self._stacked(features)
         self._add_up("test", self._standardized(x), finite, labels, weights)
+
+    def settle(
+        self, features: Mapping[str, tf.Tensor], labels: Labels, weights: Labels
+    ) -> dict[tuple[str | None, str], Settled]:
+        """Takes every probe to its optimum on examples at hand, and goes on from there.
+
+        Args:
+            features: By tap, float32, shape (n, n_features), of a host that stands still.
+            labels: By target, int32, shape (n,).
+            weights: By target, float32, shape (n,).
+
+        Returns:
+            By target and tap, what became of the probe. Those of a tap that has too many features
+            for so few examples are not there: they stay as they were.
+        """
+        found = {}
+        for group in self._groups:
+            for place, tap in enumerate(group.taps):
+                finite = tf.reduce_all(tf.math.is_finite(features[tap]), axis=1)
+                x = tf.boolean_mask(features[tap], finite)
+                if len(x) < ENOUGH * x.shape[1]:
+                    continue
+                z = group.standardize.restart(place, x)
+                for target, heads in group.heads.items():
+                    settled = settle(
+                        heads.projected(place, z),
+                        tf.boolean_mask(labels[target], finite).numpy(),
+                        tf.boolean_mask(weights[target], finite).numpy(),
+                        heads.mean_kernel[place].numpy(),
+                        heads.mean_bias[place, 0].numpy(),
+                    )
+                    if settled is not None:
+                        heads.restart(place, settled.kernel, settled.bias)
+                        found[target, tap] = settled
+        return found
 
     def _stacked(self, features: Features) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         """Features by group, with zeros for examples that have a NaN or infinite one at a tap.
@@ -208,6 +247,9 @@ class ProbeSet:
             rows.append(
                 batch_sums(tf.concat(logits, axis=0), labels[target], weights[target], counts)
             )
+            counted = self._labels[kind, target]
+            of_class = tf.one_hot(labels[target], counted.shape[0], dtype=tf.float64)
+            counted.assign_add(sum_over_replicas(tf.reduce_sum(of_class, axis=0)))
         sums = sum_over_replicas(tf.concat(rows, axis=0))
         self._sums[kind].assign_add(sums)
         return sums
@@ -215,6 +257,12 @@ class ProbeSet:
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
         """Starts a new epoch of training, or a new evaluation."""
         self._sums[kind].assign(np.zeros(self._sums[kind].shape))
+        for target in self.targets:
+            self._labels[kind, target].assign(np.zeros(self._labels[kind, target].shape))
+
+    def label_counts(self, kind: Literal["train", "test"], target: str | None) -> np.ndarray:
+        """How often each class was among the labels since the last reset, shape (num_classes,)."""
+        return self._labels[kind, target].value.numpy()
 
     def sums(self, kind: Literal["train", "test"]) -> Sums:
         """Returns `sums[target][tap][name]` since the last reset, for the names in `SUMS`."""

@@ -6,22 +6,24 @@ a certificate.
 **Problem.** n examples with features z_i in R^d, labels y_i among K classes and weights s_i >= 0
 that sum to S; u_i = z_i W + b, p_i = softmax(u_i). Minimise over W in R^(d x K) and b in R^K
 
-    F(W, b) = 1/S sum_i s_i (logsumexp(u_i) - u_i[y_i]) + l2/2 |W|^2.
+    F(W, b) = 1/S sum_i s_i (logsumexp(u_i) - u_i[y_i]) + l2/2 |W - A|^2
 
-It is convex. With R_i = s_i (p_i - e[y_i]) its gradients are
+where A, the centre, is 0 unless there is an earlier probe to stay near. It is convex. With
+R_i = s_i (p_i - e[y_i]) its gradients are
 
-    dF/dW = G + l2 W,   G = Z'R / S,      dF/db = r = 1'R / S.
+    dF/dW = G + l2 (W - A),   G = Z'R / S,      dF/db = r = 1'R / S.
 
 **Certificate.** The Fenchel dual of F has a point for every prediction p' whose mean, class by
 class, is the mean of the labels; its value is a lower bound of F everywhere (weak duality):
 
-    1/S sum_i s_i entropy(p'_i) - |Z'(s (p' - e[y])) / S|^2 / (2 l2)  <=  F*.
+    1/S sum_i s_i entropy(p'_i) + <G', A> - |G'|^2 / (2 l2)  <=  F*,   G' = Z'(s (p' - e[y])) / S.
 
 Where r = 0, p' = p will do, and the bound lies |dF/dW|^2 / (2 l2) below F(W, b). For r that is
 small but not 0, p' = (1 - t) p + t q with one q for all rows mends the means; entropy is concave,
 so that
 
-    F* >= (1 - t) (loss - <G, W> - <r, b>) - |(1 - t) G + t (m q' - C)|^2 / (2 l2),
+    F* >= (1 - t) (loss - <G, W> - <r, b>) + <G', A> - |G'|^2 / (2 l2),
+    G' = (1 - t) G + t (m q' - C),
 
 since the mean entropy of p is loss - <G, W> - <r, b>. Here C = Z'(s e[y]) / S, m = Z's / S, t is
 the least number for which q >= 0, and t q = t (mean of s e[y]) - (1 - t) r. The bound holds
@@ -92,6 +94,7 @@ class _Point:
     """F and what comes of it at some W and b; the last row of `weights` and `gradient` is b's."""
 
     weights: np.ndarray  # (d + 1, K)
+    away: np.ndarray  # (d, K): W - A
     loss: float
     gradient: np.ndarray  # (d + 1, K)
     softmax: np.ndarray  # (K, K): mean of diag(p) - p p'
@@ -100,7 +103,7 @@ class _Point:
 
     @property
     def objective(self) -> float:
-        return self.loss + self.l2 / 2 * float(np.sum(self.weights[:-1] ** 2))
+        return self.loss + self.l2 / 2 * float(np.sum(self.away**2))
 
     @property
     def bound(self) -> float:
@@ -117,6 +120,7 @@ class Problem:
         num_classes: K; each has a row.
 
     Attributes:
+        centre: A, shape (d, K), 0 unless set otherwise.
         passes: How often the rows were read.
         pairs: Steps W and b took lately, and how the gradient of the loss changed along each.
     """
@@ -128,6 +132,7 @@ class Problem:
         )
         self._blocks = blocks
         self._shape = (n_features + 1, num_classes)
+        self.centre = np.zeros((n_features, num_classes))
         self._sum_of_squares()
 
     def _sum_of_squares(self) -> None:
@@ -173,8 +178,9 @@ class Problem:
             gradient[-1] += sums[2].numpy()
             softmax += sums[3].numpy()
         gradient /= self.total
-        gradient[:-1] += l2 * weights[:-1]
-        return _Point(weights, loss / self.total, gradient, softmax / self.total, l2, dtype)
+        away = weights[:-1] - self.centre
+        gradient[:-1] += l2 * away
+        return _Point(weights, away, loss / self.total, gradient, softmax / self.total, l2, dtype)
 
     def learn(self, before: _Point, after: _Point) -> None:
         """Keeps what a step tells of the curvature of the loss."""
@@ -226,14 +232,15 @@ class Problem:
     def lower_bound(self, point: _Point) -> float:
         """A number that no F(W, b) is below: see the module's description."""
         kernel, bias = point.weights[:-1], point.weights[-1]
-        by_kernel = point.gradient[:-1] - point.l2 * kernel
+        by_kernel = point.gradient[:-1] - point.l2 * point.away
         by_bias = point.gradient[-1]
         entropy = point.loss - np.sum(by_kernel * kernel) - by_bias @ bias
         t = max(0.0, float(np.max(by_bias / np.maximum(self.frequencies + by_bias, 1e-300))))
         q = t * self.frequencies - (1 - t) * by_bias  # times t
         mean = self._in_common.sum(axis=1)
         mended = (1 - t) * by_kernel + np.outer(mean, q) - t * self._in_common
-        return float((1 - t) * entropy - np.sum(mended**2) / (2 * point.l2))
+        bound = (1 - t) * entropy + np.sum(mended * self.centre)
+        return float(bound - np.sum(mended**2) / (2 * point.l2))
 
     def _read(self) -> Iterable[Block]:
         self.passes += 1

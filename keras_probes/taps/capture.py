@@ -12,9 +12,10 @@ a test: `fit` makes `train_function` before `on_train_begin` and looks it up at 
 """
 
 import contextlib
+import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -26,6 +27,7 @@ from keras_probes.taps.graph import call_at_inference
 from keras_probes.taps.record import Recording, record_calls
 
 Kind = Literal["train", "test"]
+Part = Literal["observe", "keep", "rest"]  # that an observer takes in a step
 
 _EPOCH_LOGS = "_get_metrics_result_or_logs"
 _LOGS_AS_LIST = "_flatten_metrics_in_order"
@@ -48,6 +50,14 @@ class Observer(Protocol):
 
         Args:
             batches: Each as the host's step takes it, or with `None` in the place of x.
+        """
+
+    def keep(self, batches: Sequence[Any], spec: Any) -> None:
+        """Takes the batches of a step it asked to be shown, before the host's step does.
+
+        Args:
+            batches: As the host's step takes them: several if a step runs several.
+            spec: Structure of `tf.TensorSpec` of any batch of these data.
         """
 
     def layers(self) -> Iterable[keras.Operation]:
@@ -77,7 +87,7 @@ class Joint:
         self.host = host
         self.keys: set[str] = set()  # of all logs that observers have added
         self._attached: dict[Kind, list[Observer]] = {"train": [], "test": []}
-        self._expected: dict[Kind, list[Observer]] = {"train": [], "test": []}
+        self._expected: dict[Kind, dict[Observer, Part]] = {"train": {}, "test": {}}
         self._runs: dict[Kind, object] = {}
         self._unprepared: set[tuple[Kind, Observer]] = set()
         self._guards: dict[Kind, Any] = {}
@@ -123,35 +133,45 @@ class Joint:
         if not any(self._attached.values()):
             self._restore_epoch_logs()
 
-    def expect(self, kind: Kind, observer: Observer) -> None:
-        """Says that the host's next step of `kind` belongs to a run `observer` takes part in."""
+    def expect(self, kind: Kind, observer: Observer, part: Part = "observe") -> None:
+        """Says that the host's next step of `kind` belongs to a run `observer` takes part in.
+
+        Args:
+            kind: Which steps.
+            observer: What to run in it.
+            part: `"observe"`: it runs in the step; `"keep"`: and is given the step's batches before
+                that; `"rest"`: the host takes this step as if nobody were there.
+        """
         if observer in self._attached[kind]:
-            self._expected[kind].append(observer)
+            self._expected[kind][observer] = part
 
     # The compiled functions.
 
     def _guard(self, kind: Kind, plain: Callable) -> Callable:
         def guard(iterator: Any) -> Any:
-            observers = list(dict.fromkeys(self._expected[kind]))
-            self._expected[kind].clear()
+            observers, self._expected[kind] = self._expected[kind], {}
             if not observers:
                 if not self._running():
                     self._remove()
                 return plain(iterator)
             try:
-                logs = self._step(kind, observers, plain, iterator)
+                if all(part == "rest" for part in observers.values()):
+                    logs = plain(iterator)
+                else:
+                    logs = self._step(kind, observers, plain, iterator)
             except (StopIteration, tf.errors.OutOfRangeError):  # the data has run out
                 raise
             except BaseException:
                 self._remove()
                 raise
-            self._last = (logs, kind, observers)
+            self._last = (logs, kind, list(observers))
             return logs
 
         guard.plain = plain  # type: ignore[attr-defined]
         return guard
 
-    def _step(self, kind: Kind, observers: list[Observer], plain: Callable, iterator: Any) -> Any:
+    def _step(self, kind: Kind, parts: dict[Observer, Part], plain: Callable, iterator: Any) -> Any:
+        observers = [observer for observer, part in parts.items() if part != "rest"]
         spec = iterator.element_spec
         of_replica = keras.tree.map_structure(_of_replica, spec)
         fresh = [o for o in observers if (kind, o) in self._unprepared]
@@ -162,7 +182,9 @@ class Joint:
             for labels in _labels_at_hand(self.host):
                 for observer in fresh:
                     observer.check((None, part) for part in _in_parts(labels))
-            iterator = self._checked(fresh, iterator, spec)
+        keeping = [observer for observer, part in parts.items() if part == "keep"]
+        if kind == "train" and (fresh or keeping):
+            iterator = self._shown(fresh, keeping, iterator, spec)
 
         shared = [o for o in observers if not o.isolated]
         isolated = [o for o in observers if o.isolated]
@@ -171,17 +193,23 @@ class Joint:
             step = self._after_a_look(kind, isolated, step, spec)
         return step(iterator)
 
-    def _checked(self, observers: list[Observer], iterator: Iterator, spec: Any) -> Iterator:
-        """Shows observers the batches of the first step, and returns an iterator of the same.
+    def _shown(
+        self, fresh: list[Observer], keeping: list[Observer], iterator: Iterator, spec: Any
+    ) -> Iterator:
+        """Shows observers the batches of a step, and returns an iterator of the same.
 
         The host's function takes nothing but an iterator of the data's spec, or compiles anew.
         """
         if not all(isinstance(part, tf.TensorSpec) for part in tf.nest.flatten(spec)):
-            return iterator  # sparse or ragged: the end of the epoch will tell
+            return iterator  # sparse, ragged or of several replicas: nobody gets to see it
         batches = list(itertools.islice(iterator, self.host.steps_per_execution))
-        for observer in observers:
+        if not batches:
+            return iterator  # the host's function is to find out
+        for observer in fresh:
             observer.check(batches)
-        return iter(tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec))
+        for observer in keeping:
+            observer.keep(batches, spec)
+        return _iterator_of(batches, spec)
 
     def _shared(self, kind: Kind, observers: list[Observer], plain: Callable) -> Callable:
         """The host's function, compiled anew with the observers inside of its step."""
@@ -316,6 +344,17 @@ class Joint:
             self._attached[kind].clear()
             self._restore(kind)
         self._restore_epoch_logs()
+
+
+def _iterator_of(batches: list[Any], spec: Any) -> Iterator:
+    """An iterator of TensorFlow's over batches at hand, one at least, of the given spec."""
+
+    def alone(batch: Any) -> tf.data.Dataset:
+        # By way of a variant, for `from_tensors` knows the size of the batch: another spec.
+        variant = tf.data.experimental.to_variant(tf.data.Dataset.from_tensors(batch))
+        return tf.data.experimental.from_variant(variant, spec)
+
+    return iter(functools.reduce(tf.data.Dataset.concatenate, map(alone, batches)))
 
 
 def _of_replica(spec: Any) -> Any:

@@ -78,8 +78,8 @@ class TapPlan:
         ]
 
     def layers(self) -> list[keras.Operation]:
-        """The layers to listen to while the host runs, and the host itself."""
-        return [self.host, *(t.tap.site.layer for t in self.taps)]
+        """The host and the layers to listen to while it runs, each once."""
+        return list(dict.fromkeys([self.host, *(t.tap.site.layer for t in self.taps)]))
 
     def features(self, recording: Recording) -> dict[str, tf.Tensor]:
         """Returns the features of each tap, float32, shape (batch, n_features).

@@ -295,10 +295,7 @@ def test_hosts_are_untouched_reports_complete_and_nothing_is_left_behind(example
         else example.layers
     )
     names = [tap.name for tap in select(graph, chosen)]
-    reduce = example.reduce
-    if isinstance(reduce, Token):  # of the input of tokens there are no steps to choose one from
-        steps = {tap.name for tap in graph.taps if tap.shape is not None and len(tap.shape) == 3}
-        reduce = {name: reduce if name in steps else "auto" for name in names}
+    reduce = _fitting(example.reduce, [tap for tap in graph.taps if tap.name in names])
     mode = "isolated" if example.isolated else "shared"
     host, reported, probed = run(example, LinearProbeCallback(chosen, reduce=reduce, mode=mode))
 
@@ -316,6 +313,17 @@ def test_hosts_are_untouched_reports_complete_and_nothing_is_left_behind(example
         assert reported == expected
         both = zip(_variables(host), _variables(plain), strict=True)
         assert all(np.array_equal(got, wanted) for got, wanted in both)
+
+
+def _fitting(reduce, taps):
+    """The reduction where it applies: a token has to be one of several, channels have to fit."""
+    if isinstance(reduce, Token):
+        unfit = [tap for tap in taps if tap.shape is None or len(tap.shape) != 3]
+    elif isinstance(reduce, SpatialPool):
+        unfit = [tap for tap in taps if tap.shape[-1] > reduce.max_features]
+    else:
+        return reduce
+    return {tap.name: "auto" if tap in unfit else reduce for tap in taps}
 
 
 def _variables(host):

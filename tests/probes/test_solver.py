@@ -33,34 +33,40 @@ def problem(z, labels, weights, size=128):
     return Problem(blocks, z.shape[1], CLASSES)
 
 
-def objective(z, labels, weights, kernel, bias, l2):
+def objective(z, labels, weights, kernel, bias, l2, centre=0.0):
     u = z.astype("float64") @ kernel + bias
     losses = logsumexp(u, axis=1) - u[np.arange(len(z)), labels]
-    return np.average(losses, weights=weights) + l2 / 2 * np.sum(kernel**2)
+    return np.average(losses, weights=weights) + l2 / 2 * np.sum((kernel - centre) ** 2)
 
 
-def newton(z, labels, weights, l2):
+def newton(z, labels, weights, l2, centre=0.0):
     """The optimum of F by Newton's method on all (d + 1) K coefficients, in float64."""
     n, d = z.shape
     x = np.hstack([z.astype("float64"), np.ones((n, 1))])
     s = weights.astype("float64") / weights.sum(dtype="float64")
     penalty = np.repeat(np.r_[np.full(d, l2), 0.0], CLASSES)
+    around = np.vstack([np.broadcast_to(centre, (d, CLASSES)), np.zeros(CLASSES)]).ravel()
     w = np.zeros((d + 1) * CLASSES)
     value = np.inf
+
+    def of(w):
+        return objective(z, labels, weights, *split(w, d), l2, centre)
+
     for _ in range(200):
         p = softmax(x @ w.reshape(d + 1, CLASSES), axis=1)
-        gradient = (x.T @ (s[:, None] * (p - np.eye(CLASSES)[labels]))).ravel() + penalty * w
+        gradient = (x.T @ (s[:, None] * (p - np.eye(CLASSES)[labels]))).ravel()
+        gradient += penalty * (w - around)
         curvature = np.einsum("i,ik,kl->ikl", s, p, np.eye(CLASSES))
         curvature -= np.einsum("i,ik,il->ikl", s, p, p)
         hessian = np.einsum("ia,ikl,ib->akbl", x, curvature, x).reshape(len(w), -1)
         step = np.linalg.lstsq(hessian + np.diag(penalty), gradient, rcond=1e-14)[0]
-        rate, value = 1.0, objective(z, labels, weights, *split(w, d), l2)
-        while objective(z, labels, weights, *split(w - rate * step, d), l2) > value and rate > 1e-9:
+        rate, value = 1.0, of(w)
+        while of(w - rate * step) > value and rate > 1e-9:
             rate /= 2
         w = w - rate * step
         if np.linalg.norm(gradient) < 1e-14 or rate <= 1e-9:
             break
-    return min(value, objective(z, labels, weights, *split(w, d), l2))
+    return min(value, of(w))
 
 
 def split(w, d):
@@ -73,6 +79,7 @@ def test_gradient_by_finite_differences():
     weights = np.random.default_rng(1).uniform(0.1, 2, len(z)).astype("float32")
     given = problem(z, labels, weights)
     rng = np.random.default_rng(2)
+    given.centre = rng.normal(size=given.centre.shape)
     at, direction = rng.normal(size=(2, z.shape[1] + 1, CLASSES))
     gradient = given.evaluate(at, 0.1, "float64").gradient
     up, down = (given.evaluate(at + h * direction, 0.1, "float64").objective for h in (1e-5, -1e-5))
@@ -129,10 +136,24 @@ def test_certificate_is_never_below_the_true_gap_and_within_ten_times(name, l2):
     assert fit.certificate <= max(10 * gap, 1e-11)
 
 
-def test_the_lower_bound_holds_wherever_it_is_taken():
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+def test_near_another_probe(l2):
+    z, labels, weights = rows()
+    given = problem(z, labels, weights)
+    given.centre = np.random.default_rng(3).normal(size=given.centre.shape)
+    fit = fit_softmax(given, l2)
+    gap = objective(z, labels, weights, fit.kernel, fit.bias, l2, given.centre)
+    gap -= newton(z, labels, weights, l2, given.centre)
+    assert -1e-13 < gap <= fit.certificate <= 1e-6
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_lower_bound_holds_wherever_it_is_taken(centred):
     z, labels, weights = CASES["weighted"]
-    given, optimum = problem(z, labels, weights), newton(z, labels, weights, 1e-2)
-    rng = np.random.default_rng(0)
+    given, rng = problem(z, labels, weights), np.random.default_rng(0)
+    if centred:
+        given.centre = rng.normal(size=given.centre.shape)
+    optimum = newton(z, labels, weights, 1e-2, given.centre)
     near = fit_softmax(given, 1e-2)
     best = np.vstack([near.kernel, near.bias])
     bounds = [

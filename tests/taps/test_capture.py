@@ -16,6 +16,8 @@ class Watcher(keras.callbacks.Callback):
     def __init__(self, isolated=False):
         super().__init__()
         self.isolated = isolated
+        self.wanted = lambda step: False
+        self.kept = []
         self.total = tf.Variable(0.0)
         self.examples = tf.Variable(0)
         self.prepared, self.ended = 0, []
@@ -32,7 +34,7 @@ class Watcher(keras.callbacks.Callback):
         self.join("train")
 
     def on_train_batch_begin(self, batch, logs=None):
-        self.joint.expect("train", self)
+        self.joint.expect("train", self, show=self.wanted(batch))
 
     def on_train_end(self, logs=None):
         self.joint.detach("train", self)
@@ -51,6 +53,9 @@ class Watcher(keras.callbacks.Callback):
 
     def check(self, data):
         self.first = data
+
+    def keep(self, batches, spec):
+        self.kept.append(batches)
 
     def layers(self):
         return [self.model.get_layer("flat")]
@@ -83,6 +88,30 @@ def test_every_batch_is_shown_once(digits, isolated, options, batch_size):
     expected = np.cumsum([x.sum(), xv.sum()] * 2)
     np.testing.assert_allclose(history["watched"], expected[0::2], rtol=1e-4)
     np.testing.assert_allclose(history["val_watched"], expected[1::2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 3}, {"run_eagerly": True}])
+def test_a_step_that_is_shown_is_the_one_it_would_have_been(digits, isolated, options):
+    (x, y), _ = digits
+    losses, watchers = [], []
+    for wanted in (lambda step: False, lambda step: step % 6 == 0):
+        keras.utils.set_random_seed(3)
+        watcher = Watcher(isolated)
+        watcher.wanted = wanted
+        watchers.append(watcher)
+        model = compiled(dense_net(), **options)
+        fitted = model.fit(x, y, 50, epochs=2, shuffle=False, callbacks=[watcher], verbose=0)
+        losses.append(fitted.history["loss"])
+    assert losses[0] == losses[1]
+    assert watchers[0].ended == watchers[1].ended
+    assert watchers[0].kept == []
+    at_once = options.get("steps_per_execution", 1)
+    steps = [s for step in (0, 6) for s in range(step, min(step + at_once, 7))] * 2
+    shown = [batch for batches in watchers[1].kept for batch in batches]
+    for (x_shown, y_shown), step in zip(shown, steps, strict=True):
+        np.testing.assert_array_equal(x_shown, x[50 * step : 50 * step + 50])
+        np.testing.assert_array_equal(y_shown, y[50 * step : 50 * step + 50])
 
 
 @pytest.mark.parametrize("isolated", [False, True])

@@ -1,0 +1,65 @@
+"""A forward pass of its own: what probes see of a batch while the host stands still.
+
+In: a host's taps, targets, and batches as `fit` takes them. Out: features, labels and weights. The
+host is called at inference, and none of its state is touched.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_probes.probes.targets import Target
+from keras_probes.store.features import ArrayName
+from keras_probes.taps.plan import TapPlan
+
+
+class ForwardPass:
+    """Computes the features of all taps, and the labels and weights of all targets, of a batch.
+
+    Args:
+        plan: The taps.
+        targets: The targets.
+        spec: Structure of `tf.TensorSpec` of the batches, (x, y) or (x, y, sample_weight).
+        dtype: Of the features.
+
+    Attributes:
+        spec: As given.
+    """
+
+    def __init__(self, plan: TapPlan, targets: Iterable[Target], spec: Any, dtype: str = "float32"):
+        self.spec = spec
+        self._plan, self._targets, self._dtype = plan, list(targets), dtype
+        self._run = self._forward
+        if not plan.host.run_eagerly:
+            self._run = tf.function(self._forward, input_signature=[spec], autograph=False)
+
+    def __call__(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
+        """Returns all parts of a batch.
+
+        Args:
+            batch: (x, y) or (x, y, sample_weight).
+
+        Returns:
+            Features, shape (batch, n_features); labels, int32, shape (batch,), -1 for one that is
+            missing or out of range; weights, float32, shape (batch,), where samples have one.
+        """
+        return self._run(batch)
+
+    def labels(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
+        """Returns the labels alone, which takes no forward pass."""
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        return {("labels", target.name): target.labels(x, y) for target in self._targets}
+
+    def _forward(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        parts: dict[ArrayName, tf.Tensor] = {}
+        for tap, features in self._plan.features_of(x).items():
+            parts["tap", tap] = tf.cast(features, self._dtype)
+        for target in self._targets:
+            labels = target.labels(x, y)
+            parts["labels", target.name] = labels
+            if sample_weight is not None:
+                parts["weights", target.name] = target.weights(sample_weight, labels)
+        return parts

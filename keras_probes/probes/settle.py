@@ -1,0 +1,93 @@
+"""Settling: a probe that trained online is taken to its optimum, on examples at hand.
+
+In: standardised features of a host that stands still, labels, and the probe. Out: the probe that
+minimises
+
+    mean cross-entropy + l2/2 |W - A|^2
+
+with A the W it had, and the solver's certificate. While a host trains, its features move on under
+the probe, and those of a training step are not those at inference; how far that has left the probe
+behind, the difference tells. The penalty keeps near A what the examples can't tell: for n of them
+with d features, and a share s left of the log(num_classes) nats of a guess, it is
+
+    PRIOR s^2 / n (1 + NEAR d / n).
+
+`benchmarks/tracking.py` shows what it comes to.
+"""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from keras_probes.probes.solver import Problem, fit_softmax
+
+# The l2 penalty of a probe that trains online: PRIOR * s^2 / n. Few examples of many features would
+# be learned by heart, noisy ones most of all.
+PRIOR = 1.5
+NEAR = 16.0
+TOL = 2e-3  # nats
+MOST_STEPS = 50
+ENOUGH = 0.5  # examples per feature, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """A probe before and after.
+
+    Attributes:
+        kernel: W, float64, shape (n_features, num_classes).
+        bias: b, float64, shape (num_classes,).
+        before: Upper bound on how far the objective was above its optimum, in nats.
+        after: The same of what is returned.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    before: float
+    after: float
+
+
+def settle(
+    z: tf.Tensor, labels: np.ndarray, weights: np.ndarray, kernel: np.ndarray, bias: np.ndarray
+) -> Settled | None:
+    """Takes one probe to its optimum.
+
+    Args:
+        z: Standardised features, float32, shape (n, n_features).
+        labels: int, shape (n,); an example with -1 is left out.
+        weights: Of the examples, shape (n,).
+        kernel: W, shape (n_features, num_classes).
+        bias: b, shape (num_classes,).
+
+    Returns:
+        The probe; `None` if the examples are too few for so many features, or of one class. What
+        it says of classes that have no example stays as it was.
+    """
+    counts = (labels >= 0) & (weights > 0)
+    seen = np.unique(labels[counts])
+    if counts.sum() < ENOUGH * len(kernel) or len(seen) < 2:
+        return None
+    block = (
+        z,
+        tf.constant(np.searchsorted(seen, np.where(counts, labels, seen[0])), tf.int32),
+        tf.constant(np.where(counts, weights, 0.0), tf.float32),
+    )
+    found = np.vstack([kernel, bias]).astype("float64")
+    start = found[:, seen]
+    problem = Problem(lambda: [block], len(kernel), len(seen))
+    before = problem.evaluate(start, l2=0.0).loss
+    if before <= TOL:  # and the optimum is not below 0
+        return Settled(found[:-1], found[-1], before, before)
+    share = before / np.log(len(seen))
+    if share > 1:  # worse than a guess: no probe to stay near
+        share, start[:-1] = 1.0, 0.0
+    problem.centre = start[:-1]
+    n = int(counts.sum())
+    l2 = PRIOR * share**2 / n * (1 + NEAR * len(kernel) / n)
+    fit = fit_softmax(problem, l2, start=start, tol=TOL, max_iterations=MOST_STEPS)
+    found[:-1, seen] = fit.kernel
+    # A constant added to all of b changes nothing among the classes seen, but beside the others.
+    found[-1, seen] = fit.bias + np.mean(found[-1, seen] - fit.bias)
+    above = max(before - fit.objective, 0.0) + fit.certificate
+    return Settled(found[:-1], found[-1], above, fit.certificate)
