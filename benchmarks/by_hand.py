@@ -19,7 +19,7 @@ class ByHand(keras.callbacks.Callback):
         self.features = keras.Model(inputs, taps)
         heads, of_heads = {}, {}
         for name, tensor in taps.items():
-            h = of_heads[name] = keras.Input(tensor.shape[1:])
+            h = of_heads[name] = keras.Input(tensor.shape[1:], name=name)
             h = keras.layers.BatchNormalization()(h) if normalize else h
             heads[name] = keras.layers.Dense(classes)(h)
         self.heads = keras.Model(of_heads, heads)

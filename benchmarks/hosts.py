@@ -22,3 +22,9 @@ def convnet(shape=(28, 28, 1)):
             layers.Dense(10, name="fc2"),
         ]
     )
+
+
+def mlp(depth=128, width=128):
+    """Fully connected layers, `hidden0` and on, as in the paper's section 5.1."""
+    hidden = [layers.Dense(width, activation="relu", name=f"hidden{i}") for i in range(depth)]
+    return keras.Sequential([keras.Input((784,)), *hidden, layers.Dense(10)])

@@ -1,75 +1,229 @@
-"""What probes cost: the time of a training step with and without them, in one process.
+"""What probes cost: a training step, the end of an epoch, the first step, memory.
 
-Bare host, shared and isolated probes take turns, an epoch each, so that a machine whose speed
-drifts slows all alike. Prints medians over the rounds, and the median ratio to the bare host of
-the same round. Compilation is left out: each variant trains an epoch before the clock starts.
+    python benchmarks/overhead.py step --host resnet50 --reduce gap
+    python benchmarks/overhead.py step --host mlp --probes 4 --batch 16
+    python benchmarks/overhead.py first --host convnet
+    python benchmarks/overhead.py memory --host resnet50 --reduce random
+    python benchmarks/overhead.py import
+
+`step`: in one process, variants take turns, an epoch each, so that a machine whose speed drifts
+slows all alike; the median time between the ends of two steps, and its ratio to the bare host's of
+the same round. `kept` are steps whose batch is kept for settling; `settling` is what the end of
+such an epoch takes, in steps of the bare host. `first` and `memory`: a process for each variant and
+round; the first step with all that is compiled for it, and the most memory the process had.
 """
 
 import argparse
+import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import keras
 import numpy as np
-from hosts import convnet
+import tensorflow as tf
+from by_hand import ByHand
+from hosts import convnet, mlp
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-from keras_probes import LinearProbeCallback
+from keras_probes import GlobalAverage, LinearProbeCallback, RandomFeatures
+from keras_probes.taps.graph import input_spec_of, trace
+from keras_probes.taps.select import select
+
+# How often a probe's parameters are moved in a step: Adam reads four arrays and writes three, the
+# average reads two and writes one, the gradient is written, penalty and two products read weights.
+PASSES = 14
 
 
-def mnist_convnet() -> tuple[keras.Model, tuple]:
-    """The paper's MNIST convnet, batch 64."""
-    return convnet(), ((28, 28, 1), 10, 64, {"layers": "auto"})
-
-
-def resnet50() -> tuple[keras.Model, tuple]:
-    """ResNet-50 at 96x96, 1,000 classes, batch 16, 17 taps as in the paper's table 4a."""
-    model = keras.applications.ResNet50(
+def resnet50():
+    return keras.applications.ResNet50(
         weights=None, input_shape=(96, 96, 3), classes=1000, classifier_activation=None
     )
-    return model, ((96, 96, 3), 1000, 16, {"layers": ["input", "*_add"]})
 
 
-HOSTS = {"convnet": mnist_convnet, "resnet50": resnet50}
+def inception():
+    return keras.applications.InceptionV3(
+        weights=None, input_shape=(75, 75, 3), classes=1000, classifier_activation=None
+    )
 
 
-def epoch_seconds(host: str, steps: int, rounds: int, reduce: str) -> dict[str, list[float]]:
-    """Seconds a step of each variant, one figure a round."""
-    variants = {}
-    for variant in ("bare", "shared", "isolated"):
-        model, (shape, classes, batch, options) = HOSTS[host]()
-        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        given = [] if variant == "bare" else [(options, variant)]
-        callbacks = [LinearProbeCallback(**o, mode=mode, reduce=reduce) for o, mode in given]
-        variants[variant] = (model, callbacks)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(steps * batch, *shape)).astype("float32")
-    y = rng.integers(0, classes, steps * batch)
-    seconds = {variant: [] for variant in variants}
-    for turn in range(rounds + 1):
-        for variant, (model, callbacks) in variants.items():
-            start = time.perf_counter()
-            model.fit(x, y, batch_size=batch, callbacks=callbacks, verbose=0)
-            if turn > 0:
-                seconds[variant].append((time.perf_counter() - start) / steps)
-    return seconds
+# Host, what to probe, batch size.
+HOSTS = {
+    "convnet": (convnet, "auto", 64),
+    "mlp": (mlp, "hidden*", 64),
+    "resnet50": (resnet50, ["input", "*_add"], 16),
+    "inception": (inception, ["input", "mixed*"], 16),
+}
+VARIANTS = ("bare", "shared", "isolated", "kept", "by hand")
+REDUCTIONS = {"gap": GlobalAverage, "random": lambda: RandomFeatures(seed=0)}
 
 
-def main() -> None:
-    """Prints one row a variant."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--host", choices=HOSTS, default="convnet")
-    parser.add_argument("--reduce", default="random", choices=["random", "gap"])
-    parser.add_argument("--steps", type=int, default=60, help="steps an epoch")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    seconds = epoch_seconds(args.host, args.steps, args.rounds, args.reduce)
-    print(f"{args.host}, reduce={args.reduce}, {args.steps} steps x {args.rounds} rounds")
-    for variant, figures in seconds.items():
-        ratios = [f / bare for f, bare in zip(figures, seconds["bare"], strict=True)]
-        print(
-            f"{variant:10} median {1000 * statistics.median(figures):8.1f} ms a step, "
-            f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+class Clock(keras.callbacks.Callback):
+    """Seconds of the first step, of a later one, and from the last one to the epoch's end."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.ends = [time.perf_counter()]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.ends.append(time.perf_counter())
+
+    def on_epoch_end(self, epoch, logs=None):
+        between = np.diff(self.ends)
+        self.first, self.step = between[0], statistics.median(between[1:])
+        self.settling = time.perf_counter() - self.ends[-1]
+
+
+class Variant:
+    """A host with its data, and probes of one kind or none; `run` trains it for an epoch."""
+
+    def __init__(self, name, args):
+        keras.utils.set_random_seed(0)
+        make, layers, batch = HOSTS[args.host]
+        self.host, self.batch = make(), args.batch or batch
+        self.host.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        rows, self.classes = args.steps * self.batch, self.host.output_shape[-1]
+        rng = np.random.default_rng(0)
+        self.x = rng.normal(size=(rows, *self.host.input_shape[1:])).astype("float32")
+        self.y = rng.integers(0, self.classes, rows)
+        graph = trace(self.host, input_spec_of(self.host))
+        taps = [tap.name for tap in select(graph, layers)]
+        places = np.linspace(0, len(taps) - 1, args.probes or len(taps)).round().astype(int)
+        self.taps = [taps[place] for place in places]
+        self.clock = Clock()
+        self.probes = None if name == "bare" else self._probes(name, args.reduce)
+
+    def _probes(self, name, reduce):
+        if name == "by hand":
+            tensors = {
+                tap: REDUCTIONS[reduce]()(
+                    self.host.inputs[0] if tap == "input" else self.host.get_layer(tap).output
+                )
+                for tap in self.taps
+            }
+            by_hand = ByHand(tensors, self.host.inputs, self.classes)
+            by_hand.batches(self.x, self.y, self.batch)
+            return by_hand
+        mode = "isolated" if name == "isolated" else "shared"
+        probes = LinearProbeCallback(self.taps, reduce=REDUCTIONS[reduce](), mode=mode)
+        probes.sample_memory = LinearProbeCallback.sample_memory if name == "kept" else 0
+        return probes
+
+    def run(self):
+        callbacks = [callback for callback in (self.probes, self.clock) if callback is not None]
+        self.host.fit(
+            self.x, self.y, batch_size=self.batch, shuffle=False, callbacks=callbacks, verbose=0
         )
+        return self.clock
+
+
+def in_turns(args):
+    """Prints the time of a step and of an epoch's end."""
+    variants = {name: Variant(name, args) for name in args.variants}
+    clocks = {name: [] for name in variants}
+    for turn in range(args.rounds + 1):
+        for name, one in variants.items():
+            clock = one.run()
+            if turn > 0:  # before that, it is compiled
+                clocks[name].append((clock.step, clock.settling))
+    for name, seconds in clocks.items():
+        pairs = list(zip(seconds, clocks["bare"], strict=True))
+        ratios = [step / bare for (step, _), (bare, _) in pairs]
+        settling = statistics.median(end / bare for (_, end), (bare, _) in pairs)
+        print(
+            f"{name:9} {1000 * statistics.median(step for step, _ in seconds):8.1f} ms a step, "
+            f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            + (f"; settling {settling:.1f} steps" if name == "kept" else "")
+        )
+
+
+def apart(args):
+    """Prints the time of the first step, or the most memory a process took."""
+    figures = {name: [] for name in args.variants}
+    for _ in range(args.rounds):
+        for name in figures:
+            command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            figures[name].append(json.loads(printed.splitlines()[-1]))
+    for name, values in figures.items():
+        ratios = [value / bare for value, bare in zip(values, figures["bare"], strict=True)]
+        unit = "s" if args.what == "first" else "MiB"
+        more = statistics.median(values) - statistics.median(figures["bare"])
+        print(
+            f"{name:9} {statistics.median(values):8.1f} {unit}, {more:+.1f}, ratio "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+def imports(args):
+    """Prints what importing the package takes beyond Keras."""
+    seconds = {"keras": [], "keras_probes": []}
+    for _ in range(args.rounds):
+        for name, taken in seconds.items():
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-c", f"import {name}"], check=True, capture_output=True
+            )
+            taken.append(time.perf_counter() - start)
+    beyond = [ours - bare for bare, ours in zip(*seconds.values(), strict=True)]
+    print(
+        f"import keras {statistics.median(seconds['keras']):.2f} s, keras_probes "
+        f"{statistics.median(beyond):+.2f} s ({min(beyond):+.2f} to {max(beyond):+.2f})"
+    )
+
+
+def child(args):
+    clock = Variant(args.child, args).run()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(clock.first if args.what == "first" else most))
+
+
+def limits(args):
+    """Prints what the probes need at the least, beside the host."""
+    one = Variant("shared", args)
+    one.run()
+    flops = host_flops(one.host, one.batch)
+    sizes = one.probes._online.sizes()
+    parameters = sum(count for count, _ in sizes.values())
+    memory = sum(size for _, size in sizes.values())
+    print(
+        f"{args.host}, {len(one.taps)} probes, {args.reduce}, batch {one.batch}: host "
+        f"{flops / 1e9:.2f} GFLOP a step; probes {6 * one.batch * parameters / 1e9:.2f} GFLOP, "
+        f"{4 * PASSES * parameters / 2**20:.0f} MiB moved, {memory / 2**20:.0f} MiB held"
+    )
+
+
+def host_flops(host, batch):
+    """Of a step: three times those of a forward pass."""
+    function = tf.function(lambda x: host(x, training=False))
+    concrete = function.get_concrete_function(tf.TensorSpec((batch, *host.input_shape[1:])))
+    options = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
+    options["output"] = "none"
+    graph = convert_variables_to_constants_v2(concrete).graph
+    return 3 * tf.compat.v1.profiler.profile(graph, options=options).total_float_ops
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["step", "first", "memory", "import"])
+    parser.add_argument("--host", choices=HOSTS, default="convnet")
+    parser.add_argument("--reduce", default="random", choices=REDUCTIONS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--probes", type=int, help="how many of the host's taps; all by default")
+    parser.add_argument("--batch", type=int, help="batch size")
+    parser.add_argument("--steps", type=int, default=40, help="steps an epoch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    if args.what == "import":
+        imports(args)
+        return
+    limits(args)
+    (in_turns if args.what == "step" else apart)(args)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
             model trains as without them up to rounding. `"isolated"`: they run a second forward
             pass, at inference, and the model trains bit for bit as without them.
         every: Probes train on every k-th batch, and cost nothing on the others.
+        baselines: What to measure beside the probes. `"shuffled"`: probes of the same layers on
+            random labels, the same for an example whenever it is seen, under the name `shuffled`
+            (or `<target>_shuffled`). How much worse they do is the table's `selectivity`; what they
+            get right in training, a probe knows by heart. It doubles what probes cost.
         log_dir: Directory for TensorBoard event files; `None` writes none.
         backup_dir: Directory in which the probes are kept epoch by epoch while `fit` runs, as
             `keras.callbacks.BackupAndRestore` keeps the model: pass both callbacks, and a run that
@@ -105,6 +109,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         metrics: Sequence[Literal["error", "loss", "top5_error"]] = ("error", "loss"),
         mode: Literal["shared", "isolated"] = "shared",
         every: int = 1,
+        baselines: Sequence[Literal["shuffled"]] = (),
         log_dir: str | os.PathLike | None = None,
         backup_dir: str | os.PathLike | None = None,
         seed: int = 0,
@@ -122,6 +127,12 @@ class LinearProbeCallback(keras.callbacks.Callback):
             )
         for metric in metrics:
             _one_of("metrics", metric, METRICS)
+        if isinstance(baselines, str):
+            raise ValueError(
+                f"Expected `baselines` to be a sequence. Received: baselines={baselines!r}."
+            )
+        for baseline in baselines:
+            _one_of("baselines", baseline, ("shuffled",))
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"Expected `seed` to be an integer. Received: seed={seed!r}.")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -134,7 +145,15 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self.log_dir = log_dir
         self.results = ProbeResults()
         self._settings = Settings(
-            layers, reduce, target, num_classes, optimizer, mode == "isolated", every, seed
+            layers=layers,
+            reduce=reduce,
+            target=target,
+            num_classes=num_classes,
+            optimizer=optimizer,
+            isolated=mode == "isolated",
+            every=every,
+            baselines=tuple(baselines),
+            seed=seed,
         )
         self._online: OnlineProbes | None = None
         self._joint: Joint | None = None
@@ -399,6 +418,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             "metrics": self.metrics,
             "mode": "isolated" if asked.isolated else "shared",
             "every": asked.every,
+            "baselines": asked.baselines,
             "seed": asked.seed,
         }
         for name in ("reduce", "optimizer"):

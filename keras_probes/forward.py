@@ -45,21 +45,25 @@ class ForwardPass:
             Features, shape (batch, n_features); labels, int32, shape (batch,), -1 for one that is
             missing or out of range; weights, float32, shape (batch,), where samples have one.
         """
-        return self._run(batch)
+        features, labels, weights = self._run(batch)
+        names = [target.name for target in self._targets]
+        return {
+            **{("tap", tap): part for tap, part in features.items()},
+            **{("labels", name): part for name, part in zip(names, labels, strict=True)},
+            **{("weights", name): part for name, part in zip(names, weights, strict=False)},
+        }
 
     def labels(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
         """Returns the labels alone, which takes no forward pass."""
         x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
         return {("labels", target.name): target.labels(x, y) for target in self._targets}
 
-    def _forward(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
+    def _forward(self, batch: Any) -> tuple[dict[str, tf.Tensor], list, list]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        parts: dict[ArrayName, tf.Tensor] = {}
-        for tap, features in self._plan.features_of(x).items():
-            parts["tap", tap] = tf.cast(features, self._dtype)
-        for target in self._targets:
-            labels = target.labels(x, y)
-            parts["labels", target.name] = labels
-            if sample_weight is not None:
-                parts["weights", target.name] = target.weights(sample_weight, labels)
-        return parts
+        features = {
+            tap: tf.cast(part, self._dtype) for tap, part in self._plan.features_of(x).items()
+        }
+        labels = [target.labels(x, y) for target in self._targets]
+        pairs = zip(self._targets, labels, strict=True)
+        weighted = sample_weight is not None
+        return features, labels, [t.weights(sample_weight, of) for t, of in pairs if weighted]

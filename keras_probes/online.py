@@ -19,8 +19,14 @@ from keras_probes.forward import ForwardPass
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Sums, Width, memory_of, parameters_of
 from keras_probes.probes.settle import Settled
-from keras_probes.probes.targets import Target, expected_classes, resolve_targets
-from keras_probes.results import TapInfo
+from keras_probes.probes.targets import (
+    RandomLabels,
+    Target,
+    expected_classes,
+    named_targets,
+    resolve_targets,
+)
+from keras_probes.results import TapInfo, control_of
 from keras_probes.sample import Sample
 from keras_probes.taps.capture import Kind, Part
 from keras_probes.taps.plan import TapPlan, make_plan
@@ -40,6 +46,7 @@ class Settings:
     optimizer: keras.optimizers.Optimizer | str | None
     isolated: bool
     every: int
+    baselines: tuple[str, ...]
     seed: int
 
 
@@ -109,8 +116,11 @@ class OnlineProbes:
     @property
     def num_classes(self) -> int | dict[str, int]:
         """Number of classes, or a mapping from target names to it; once `built`."""
-        named = {target.name: target.num_classes for target in self.targets if target.name}
-        return named or self.targets[0].num_classes
+        asked = named_targets(self._settings.target)
+        named = {t.name: t.num_classes for t in self.targets if t.name is not None}
+        if None in asked:
+            return self.targets[0].num_classes
+        return {name: count for name, count in named.items() if name in asked}
 
     def choose_taps(self, input_spec: Any) -> None:
         """Looks at the host, once its input is known, and picks the taps.
@@ -176,7 +186,7 @@ class OnlineProbes:
             calls = math.ceil(steps / self.host.steps_per_execution)
             steps = math.ceil(calls / self.every) * self.host.steps_per_execution
         self._sample.begin(self.sample_memory, steps)
-        self.first_pass = not self.built or not self.probes.steps
+        self.first_pass = not self.restoring and (not self.built or not self.probes.steps)
         if self.built:
             self.probes.reset_sums("train")
 
@@ -228,6 +238,11 @@ class OnlineProbes:
         self.choose_taps(x)
         wanted = self._settings
         targets = resolve_targets(wanted.target, wanted.num_classes, x, y, self.plan.graph.outputs)
+        if "shuffled" in wanted.baselines:
+            targets += [
+                Target(control_of(t.name), RandomLabels(t.num_classes), t.num_classes)
+                for t in targets
+            ]
         if self.built and targets != self.targets:
             raise ValueError(
                 f"The probes were built for {_classes(self.targets)}. Received: labels of "

@@ -133,6 +133,11 @@ class Probe:
 _ROW = tuple(field.name for field in dataclasses.fields(Row))
 
 
+def control_of(target: str | None) -> str:
+    """The name of a target's control: the same classes, but a random one for each example."""
+    return "shuffled" if target is None else f"{target}_shuffled"
+
+
 def wilson_interval(error: float, n: int) -> tuple[float, float]:
     """95% confidence interval of a proportion (Wilson 1927).
 
@@ -203,7 +208,7 @@ class ProbeResults:
             extra = {"depth": depths[row.tap], "ci_low": low, "ci_high": high}
             records.append({**dataclasses.asdict(row), **extra})
         frame = pd.DataFrame.from_records(records, columns=list(COLUMNS))
-        return frame.astype({"value": "float64", "ci_low": "float64", "ci_high": "float64"})
+        return frame.astype(dict.fromkeys((*_NUMBERS, "ci_low", "ci_high"), "float64"))
 
     def table(
         self, metric: str = "error", *, epoch: int | None = None, target: str | None = None
@@ -218,7 +223,8 @@ class ProbeResults:
         Returns:
             A frame indexed by tap, with `depth`, `layer`, `shape`, `reduction`, `features`, and
             for each measured split its value and, for an error, `±95%`: half the width of its
-            confidence interval. `nonfinite` is there if examples had to be left out: their number
+            confidence interval. With a control, `selectivity` is how much worse probes do on random
+            labels. `nonfinite` is there if examples had to be left out: their number
             in the splits shown. Where it is known, `certificate` is how many nats the training
             objective of the probes may be above its optimum, those of the last split shown, and
             `converged` whether that is within the tolerance. Probes of `fit_probes` have their
@@ -228,8 +234,8 @@ class ProbeResults:
             ValueError: There are several targets and none is named, or nothing of this metric,
                 epoch or target was measured.
         """
-        frame = self.frame()
-        frame = frame[self._one_target(frame, target)]
+        everything = self.frame()
+        frame = everything[self._one_target(everything, target)]
         shown = frame[frame["metric"] == metric]
         if epoch is not None:
             shown = shown[shown["epoch"] == epoch]
@@ -239,6 +245,7 @@ class ProbeResults:
                 f"Measured: metrics {_known(frame['metric'])}, epochs {_known(frame['epoch'])}."
             )
         latest = shown.groupby(["split", "tap"]).tail(1).set_index(["split", "tap"])
+        control = everything[everything["target"] == control_of(target)]
         table = pd.DataFrame(
             [dataclasses.asdict(tap) for tap in self.taps],
             columns=[field.name for field in dataclasses.fields(TapInfo)],
@@ -253,6 +260,10 @@ class ProbeResults:
             table[f"{split} {metric}"] = rows["value"]
             if metric in _ERRORS:
                 table[f"{split} ±95%"] = (rows["ci_high"] - rows["ci_low"]) / 2
+            if len(control):
+                same = control[(control["split"] == split) & (control["metric"] == metric)]
+                same = same[same["epoch"] == rows["epoch"].max()].set_index("tap")
+                table[f"{split} selectivity"] = same["value"] - rows["value"]
             table["nonfinite"] += rows["nonfinite"].fillna(0).astype(int)
             certificate = rows["certificate"]
         if certificate.notna().any():
@@ -317,13 +328,14 @@ class ProbeResults:
         return self.probes[target, tap]
 
     def _one_target(self, frame: pd.DataFrame, target: str | None) -> pd.Series:
-        names = list(dict.fromkeys(row.target for row in self.rows))
+        known = list(dict.fromkeys(row.target for row in self.rows))
+        names = self._targets()
         if target is None and len(names) > 1:
             raise ValueError(
                 f"There are several targets. Name one of {', '.join(map(repr, names))} as target=."
             )
-        if target is not None and target not in names:
-            raise ValueError(f"Unknown target. Received: target={target!r}. Measured: {names}.")
+        if target is not None and target not in known:
+            raise ValueError(f"Unknown target. Received: target={target!r}. Measured: {known}.")
         wanted = target if target is not None else next(iter(names), None)
         return pd.Series([row.target == wanted for row in self.rows], frame.index, dtype=bool)
 
@@ -360,8 +372,14 @@ class ProbeResults:
 
     def _tables(self) -> dict[str | None, pd.DataFrame]:
         """The table of each target, of the metric that was asked for first."""
-        targets = dict.fromkeys(row.target for row in self.rows)
-        return {target: self.table(self.rows[0].metric, target=target) for target in targets}
+        metric = self.rows[0].metric if self.rows else ""
+        return {target: self.table(metric, target=target) for target in self._targets()}
+
+    def _targets(self) -> list[str | None]:
+        """The names of the targets that are no controls."""
+        names = dict.fromkeys(row.target for row in self.rows)
+        controls = {control_of(name) for name in names}
+        return [name for name in names if name not in controls]
 
     def __repr__(self) -> str:
         epochs = len({row.epoch for row in self.rows})

@@ -109,7 +109,7 @@ def test_whatever_fit_reads(digits, data, options, at_once):
     model = host()
     model.compile("adam", "sparse_categorical_crossentropy", steps_per_execution=at_once)
     probes = fitted(model, data(digits), epochs=2, validation_data=digits[1], **options)
-    frame = probes.results.frame()
+    frame = probes.results.frame().query("metric in ('error', 'loss')")
     assert (frame.groupby(["epoch", "split"]).size() == 2 * len(TAPS)).all()
     assert (frame[frame["split"] == "validation"]["certificate"] < 0.01).all()
 
@@ -160,3 +160,108 @@ def test_refit_keeps_subsets_and_targets(digits):
 def test_refit_before_fit():
     with pytest.raises(ValueError, match="not built yet"):
         LinearProbeCallback().refit((np.zeros((4, 8, 8, 1)), np.zeros(4)))
+
+
+def test_rows_tell_what_a_guess_comes_to(settled_and_not, digits):
+    (_, y), (_, yv) = digits
+    most = np.bincount(y).argmax()
+    for results in settled_and_not.values():
+        frame = results.frame()
+        errors = frame[frame["metric"] == "error"].groupby("split")[["majority", "chance"]].last()
+        assert errors.loc["train", "majority"] == pytest.approx(np.mean(y != most))
+        assert errors.loc["validation", "majority"] == pytest.approx(np.mean(yv != most))
+        assert (errors["chance"] == 0.9).all()
+        assert f"{np.mean(yv != most):.4f} by class frequencies, 0.9000 by chance" in str(results)
+        assert "by class frequencies" in results._repr_html_()
+
+
+def test_the_code_length_is_of_the_first_pass(digits):
+    (x, y), validation = digits
+    model = host()
+    probes = LinearProbeCallback(TAPS, reduce="gap")
+    history = model.fit(x, y, 16, 2, callbacks=[probes], validation_data=validation, verbose=0)
+    assert not any("code_length" in key for key in history.history)
+    frame = probes.results.frame()
+    codes = frame[frame["metric"] == "code_length"].set_index("tap")
+    assert (set(codes["epoch"]), set(codes["split"])) == ({0}, {"train"})
+    for tap in TAPS:
+        bits = history.history[f"probe_loss/{tap}"][0] / np.log(2)
+        assert codes.loc[tap, "value"] == pytest.approx(bits)
+        assert probes.results.table().loc[tap, "code_length"] == pytest.approx(bits)
+    assert codes["chance"].unique() == pytest.approx([np.log2(10)])
+    model.fit(x, y, 16, callbacks=[probes], verbose=0)  # these examples they know already
+    assert "code_length" not in set(probes.results.frame()["metric"])
+
+
+@pytest.mark.parametrize("mode", ["shared", "isolated"])
+@pytest.mark.parametrize(("at_once", "seen"), [(1, [0, 3, 6, 9]), (2, [0, 1, 6, 7])])
+def test_every_third_batch(digits, mode, at_once, seen):
+    (x, y), validation = digits
+    model = host()
+    model.compile("adam", "sparse_categorical_crossentropy", steps_per_execution=at_once)
+    probes = LinearProbeCallback(TAPS, reduce="gap", mode=mode, every=3)
+    history = model.fit(
+        x, y, 32, 2, callbacks=[probes], shuffle=False, validation_data=validation, verbose=0
+    ).history
+    frame = probes.results.frame()
+    assert set(frame[frame["split"] == "train"]["n"]) == {32 * len(seen)}
+    assert set(frame[frame["split"] == "validation"]["n"]) == {160}
+    assert probes._online.probes.steps == 2 * len(seen)
+    known = np.concatenate([y[32 * step : 32 * step + 32] for step in seen])
+    np.testing.assert_array_equal(
+        probes._online.probes.label_counts("train", None), np.bincount(known, minlength=10)
+    )
+    assert len(history["probe_error/pool"]) == len(history["val_probe_error/pool"]) == 2
+    assert frame.query("split == 'validation'")["certificate"].notna().all()
+    assert int(model.optimizer.iterations) == 20
+
+
+def test_batches_that_are_left_out_are_the_hosts_own(digits):
+    """What the host computes there is its plain step's, compiled without probes."""
+    (x, y), _ = digits
+    logs = []
+    for callbacks in ([], [LinearProbeCallback(TAPS, reduce="gap", mode="isolated", every=2)]):
+        keras.utils.set_random_seed(3)
+        logs.append(host().fit(x, y, 32, 2, callbacks=callbacks, shuffle=False, verbose=0).history)
+    assert {key: logs[1][key] for key in logs[0]} == logs[0]
+
+
+def test_a_control_tells_what_is_known_by_heart(digits, tmp_path):
+    (x, y), validation = digits
+    probes = LinearProbeCallback(["input", "pool"], baselines=["shuffled"])
+    model = host()
+    history = model.fit(
+        x, y, 16, 6, callbacks=[probes], validation_data=validation, verbose=0
+    ).history
+    for split, prefix in (("train", ""), ("validation", "val_")):
+        errors = {name: history[f"{prefix}probe_{name}error/input"] for name in ("", "shuffled_")}
+        table = probes.results.table()
+        expected = errors["shuffled_"][-1] - errors[""][-1]
+        assert table.loc["input", f"{split} selectivity"] == pytest.approx(expected)
+    assert history["val_probe_shuffled_error/input"][-1] > 0.8
+    assert history["probe_shuffled_error/input"][-1] < 0.75  # 64 features of 320 examples
+    assert history["probe_shuffled_error/pool"][-1] > 0.75  # 6 features
+    assert str(probes.results).count("by class frequencies") == 1  # no table of its own
+    assert probes.results.table(target="shuffled").loc["pool", "train error"] > 0.75
+
+    probes.save(tmp_path / "probes")
+    loaded = LinearProbeCallback.load(tmp_path / "probes")
+    model.evaluate(*validation, callbacks=[loaded], verbose=0)
+    assert set(loaded.results.frame()["target"].unique()) == {None, "shuffled"}
+    for name in (None, "shuffled"):
+        weights = zip(loaded.weights("pool", name), probes.weights("pool", name), strict=True)
+        assert all(np.array_equal(got, expected) for got, expected in weights)
+
+
+def test_controls_of_named_targets(digits):
+    (x, y), _ = digits
+    probes = LinearProbeCallback(
+        "pool", target={"digit": None, "odd": lambda x, y: y % 2}, num_classes={"odd": 2},
+        baselines=("shuffled",),
+    )  # fmt: skip
+    logs = host().fit(x, y, callbacks=[probes], verbose=0).history
+    names = ("digit", "digit_shuffled", "odd", "odd_shuffled")
+    assert {key for key in logs if "error" in key} == {f"probe_{n}_error/pool" for n in names}
+    assert probes.results.frame().query("target == 'odd_shuffled'")["chance"].iloc[0] == 0.5
+    refit = probes.refit((x, y), test=None, l2=1.0, tol=1e-2, verbose=False)
+    assert {name for name, _ in refit.probes} == {"digit", "odd"}

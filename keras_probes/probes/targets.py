@@ -79,6 +79,39 @@ class Target:
         return tf.cast(tf.reshape(sample_weight, (-1,)), tf.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class RandomLabels:
+    """A random label for each example, the same whenever it is seen (a function of x alone).
+
+    A control task (Hewitt & Liang 2019, section 2): what a probe gets right of these labels, in
+    training, it knows by heart.
+
+    Attributes:
+        num_classes: Number of classes; each is as likely.
+    """
+
+    num_classes: int
+
+    def __call__(self, x: Any, y: Any) -> tf.Tensor:  # noqa: ARG002
+        """Hashes the bits of each example: whole numbers, so that no rounding changes a label."""
+        prime = 2**31 - 1
+        total: Any = 0
+        for place, part in enumerate(tf.nest.flatten(x)):
+            if part.dtype == tf.string:
+                raise ValueError(
+                    "A random label for each example is made of the numbers in x. Received: x with "
+                    "strings. Leave out baselines=, or vectorise the text before the model."
+                )
+            bits = tf.cast(tf.bitcast(tf.cast(part, tf.float32), tf.int32), tf.int64)
+            bits = tf.reshape(bits, (tf.shape(bits)[0], -1))
+            keys = tf.random.stateless_uniform(
+                tf.shape(bits)[1:], (7, place), 1, prime, tf.int64, alg="philox"
+            )
+            products = tf.math.floormod(tf.math.floormod(bits, prime) * keys, prime)
+            total += tf.reduce_sum(products, axis=1)
+        return tf.math.floormod(tf.math.floormod(total, prime), self.num_classes)
+
+
 def resolve_targets(
     target: Any, num_classes: int | Mapping[str, int] | None, x_spec: Any, y_spec: Any, outputs: Any
 ) -> list[Target]:

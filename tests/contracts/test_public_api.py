@@ -40,6 +40,8 @@ def test_signature_of_the_callback():
         "optimizer": None,
         "metrics": ("error", "loss"),
         "mode": "shared",
+        "every": 1,
+        "baselines": (),
         "log_dir": None,
         "backup_dir": None,
         "seed": 0,

@@ -3,9 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import scipy.stats
 import tensorflow as tf
 
-from keras_probes.probes.targets import Target, resolve_targets
+from keras_probes.probes.targets import RandomLabels, Target, resolve_targets
 
 SPEC = tf.TensorSpec
 X = SPEC((None, 8), "float32")
@@ -137,3 +138,27 @@ def test_errors_say_what_to_do(options, error, parts):
         resolve(**options)
     for part in parts:
         assert part in str(raised.value)
+
+
+def test_random_labels_are_those_of_the_example_whatever_computes_them():
+    x = np.random.default_rng(0).normal(size=(500, 5, 4)).astype("float32")
+    labels = RandomLabels(7)
+    whole = labels(tf.constant(x), None).numpy()
+    assert labels(tf.constant(x[13:14]), None).numpy() == whole[13]
+    for jit in (False, True):
+        compiled = tf.function(lambda part: labels(part, None), jit_compile=jit)
+        np.testing.assert_array_equal(compiled(tf.constant(x[40:140])), whole[40:140])
+    # As likely each, and nothing to do with an example that looks almost the same.
+    assert scipy.stats.chisquare(np.bincount(whole, minlength=7)).pvalue > 0.01
+    moved = labels(tf.constant(np.nextafter(x, np.float32(9))), None).numpy()
+    assert 0.05 < np.mean(moved == whole) < 0.25
+
+
+def test_random_labels_of_several_inputs_tokens_and_strings():
+    a = tf.constant(np.arange(200)[:, None])
+    b = tf.cast(a, "float32") / 7
+    both = RandomLabels(3)({"a": a, "b": b}, None).numpy()
+    assert set(both) == {0, 1, 2}
+    assert 0.2 < np.mean(both == RandomLabels(3)({"a": a[::-1], "b": b}, None).numpy()) < 0.5
+    with pytest.raises(ValueError, match=r"strings.*baselines="):
+        RandomLabels(3)(tf.constant(["a", "b"]), None)

@@ -1,0 +1,78 @@
+"""Each benchmark runs, at a size that measures nothing, and prints what it promises."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+pytestmark = pytest.mark.slow  # CI runs them
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Real images as the scripts take them: 32x32, of 0..255."""
+    bunch = load_digits()
+    x = np.kron(bunch.images, np.ones((4, 4))).astype("uint8")[..., None].repeat(3, axis=3) * 15
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(path, x_train=x[:600], y_train=bunch.target[:600])
+    return path
+
+
+def run(script, *arguments):
+    command = [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)]
+    given = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=given)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_overhead_of_a_step():
+    printed = run(
+        "overhead.py", "step", "--host", "mlp", "--probes", 3, "--steps", 4, "--rounds", 1
+    )
+    for name in ("bare", "shared", "isolated", "kept", "by hand"):
+        assert f"\n{name} " in printed
+    assert "GFLOP a step" in printed
+    assert "settling" in printed
+
+
+@pytest.mark.parametrize("what", ["first", "memory"])
+def test_overhead_of_a_process(what):
+    options = ("--host", "mlp", "--probes", 1, "--steps", 4, "--rounds", 1)
+    printed = run("overhead.py", what, *options, "--variants", "bare", "shared")
+    assert "\nshared " in printed
+
+
+def test_tracking(images, tmp_path):
+    figure = tmp_path / "gaps.png"
+    options = ("--data", images, "--epochs", 2, "--limit", 400, "--figure", figure)
+    printed = run("tracking.py", "mnist", "--reduce", "gap", *options)
+    for column in ("first epoch, median", "later, worst", "BatchNormalization, Dense", "pool2"):
+        assert column in printed
+    assert figure.stat().st_size > 10_000
+
+
+def test_solver(images):
+    printed = run("solver.py", "--data", images, "--rounds", 1)
+    assert "in all: ratio" in printed
+
+
+@pytest.mark.parametrize(
+    ("what", "size", "promised"),
+    [
+        ("extraction", ("--images", 8), "images/s"),
+        ("large", ("--gigabytes", 0.04), "from disk over"),
+    ],
+)
+def test_offline(what, size, promised):
+    assert promised in run("offline.py", what, *size, "--rounds", 1)
+
+
+def test_import():
+    assert run("overhead.py", "import", "--rounds", 1).startswith("import keras ")
