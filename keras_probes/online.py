@@ -183,8 +183,7 @@ class OnlineProbes:
             steps: Number of its batches, where it is known.
         """
         if steps is not None:
-            calls = math.ceil(steps / self.host.steps_per_execution)
-            steps = math.ceil(calls / self.every) * self.host.steps_per_execution
+            steps = math.ceil(steps / self.host.steps_per_execution / self.every)
         self._sample.begin(self.sample_memory, steps)
         self.first_pass = not self.restoring and (not self.built or not self.probes.steps)
         if self.built:
@@ -195,7 +194,7 @@ class OnlineProbes:
         turn, rest = divmod(batch // self.host.steps_per_execution, self.every)
         if rest:
             return "rest"
-        return "keep" if self._sample.wants(turn * self.host.steps_per_execution) else "observe"
+        return "keep" if self._sample.wants(turn) else "observe"
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything the probes have become, by name: a copy that later training leaves alone."""

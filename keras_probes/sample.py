@@ -16,8 +16,9 @@ MOST = 10_000  # examples: beyond, a probe of 1,000 features gains little
 class Sample:
     """Keeps batches of the epoch that is running.
 
-    Of an epoch whose number of steps is known, every n-th step's batches are kept, so that they
-    come to as many examples as there is room for; of one that is not, the last ones.
+    Of an epoch whose number of steps is known, the batches of every n-th step are kept, so that
+    they come to as many examples as there is room for; of one that is not, the last ones. A step
+    may have several batches: where it runs several, or several replicas.
 
     Attributes:
         batches: What is kept, in the order of training.
@@ -32,41 +33,39 @@ class Sample:
 
         Args:
             memory: Bytes that examples and their features may take.
-            steps: Number of batches of the epoch, where it is known.
+            steps: Number of steps of the epoch, where it is known.
         """
         self.batches.clear()
         self._memory, self._steps = memory, steps
         self._room, self._examples, self._every = MOST, 0, 1
 
     def wants(self, step: int) -> bool:
-        """Whether to keep the batch of this step of the epoch."""
+        """Whether to keep the batches of this step of the epoch, from 0."""
         return self._room > 0 and self._memory > 0 and step % self._every == 0
 
     def add(self, batches: Sequence[Any], feature_bytes: int) -> None:
         """Keeps the batches of a step.
 
         Args:
-            batches: What the host's step takes, several if it runs several.
+            batches: What the host's step takes.
             feature_bytes: How much the features of one example are to take.
         """
         sizes = [_examples(batch) for batch in batches]
         if not self.batches:
-            self._plan(sizes[0], len(batches), _bytes(batches[0]) / sizes[0] + feature_bytes)
+            self._plan(sum(sizes), sum(map(_bytes, batches)) / sum(sizes) + feature_bytes)
         if self._room:
             self.batches.extend(batches)
             self._examples += sum(sizes)
         while self._examples > self._room:
             self._examples -= _examples(self.batches.popleft())
 
-    def _plan(self, batch_size: int, batches: int, bytes_each: float) -> None:
+    def _plan(self, of_step: int, bytes_each: float) -> None:
         """Decides how many examples to keep, and of which steps."""
         self._room = min(MOST, int(self._memory // bytes_each))
-        if self._room < batch_size * batches:
+        if self._room < of_step:
             self._room = 0
         elif self._steps is not None:
-            at_once = batch_size * batches
-            calls = math.ceil(self._steps / batches)
-            self._every = batches * math.ceil(calls / (self._room // at_once))
+            self._every = math.ceil(self._steps / (self._room // of_step))
 
 
 def _examples(batch: Any) -> int:

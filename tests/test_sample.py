@@ -17,9 +17,9 @@ def batch(step, size=8):
 
 def kept(sample, steps, memory, known=True, at_once=1, size=8, ragged=None, feature_bytes=12):
     """Steps whose batches are kept of an epoch."""
-    sample.begin(memory, steps if known else None)
+    sample.begin(memory, -(-steps // at_once) if known else None)
     for step in range(0, steps, at_once):
-        if sample.wants(step):
+        if sample.wants(step // at_once):
             many = range(step, min(step + at_once, steps))
             sizes = [ragged if ragged and s == steps - 1 else size for s in many]
             sample.add([batch(s, n) for s, n in zip(many, sizes, strict=True)], feature_bytes)

@@ -115,9 +115,8 @@ class Standardize(keras.layers.Layer):
         """
         mean, variance = tf.nn.moments(x, axes=0, keepdims=True)
         reach = tf.reduce_max(tf.abs(x - mean), axis=0, keepdims=True)
-        new = (mean, variance, reach)
-        for variable, value in zip((self.mean, self.variance, self.reach), new, strict=True):
-            variable.value[place].assign(value)
+        for variable, value in ((self.mean, mean), (self.variance, variance), (self.reach, reach)):
+            _put(variable, place, value)
         return (x - mean) * self.scale()[place]
 
     def compute_output_shape(self, input_shape):
@@ -189,10 +188,10 @@ class SoftmaxHeads(keras.layers.Layer):
 
     def restart(self, place: int, kernel: np.ndarray, bias: np.ndarray) -> None:
         """Goes on from this kernel and bias of one tap, and its averages of anything else."""
-        self.mean_kernel.value[place].assign(kernel)
-        self.mean_bias.value[place].assign(bias[None])
+        _put(self.mean_kernel, place, kernel)
+        _put(self.mean_bias, place, bias)
         for variable, mean in self.averaged:
-            variable.value[place].assign(mean.value[place])
+            _put(variable, place, mean.numpy()[place])
 
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
@@ -245,7 +244,7 @@ class ProjectedHeads(SoftmaxHeads):
         return super().mean_logits(tf.matmul(inputs, self._scaled(self.mean_projection)))
 
     def projected(self, place: int, z: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(z, self._scaled(self.mean_projection.value[place]))
+        return tf.matmul(z, self._scaled(tf.convert_to_tensor(self.mean_projection)[place]))
 
     def mean_weights(self) -> tuple[tf.Tensor, tf.Tensor]:
         kernel, bias = super().mean_weights()
@@ -267,6 +266,13 @@ class ProjectedHeads(SoftmaxHeads):
     def _scaled(self, projection: tf.Tensor) -> tf.Tensor:
         """P: its rows take a z of length 1 to a vector of about that length."""
         return projection * (_PROJECTION_UNIT / float(np.sqrt(self.rank)))
+
+
+def _put(variable: keras.Variable, place: int, value: Any) -> None:
+    """Sets what a variable holds of one tap, in all replicas: assigning to a slice would not."""
+    held = np.array(variable.numpy())
+    held[place] = value
+    variable.assign(held)
 
 
 def residual_of(logits: tf.Tensor, labels: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:

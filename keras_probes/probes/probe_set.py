@@ -180,8 +180,8 @@ class ProbeSet:
                         heads.projected(place, z),
                         tf.boolean_mask(labels[target], finite).numpy(),
                         tf.boolean_mask(weights[target], finite).numpy(),
-                        heads.mean_kernel[place].numpy(),
-                        heads.mean_bias[place, 0].numpy(),
+                        heads.mean_kernel.numpy()[place],
+                        heads.mean_bias.numpy()[place, 0],
                     )
                     if settled is not None:
                         heads.restart(place, settled.kernel, settled.bias)

@@ -30,6 +30,7 @@ Kind = Literal["train", "test"]
 Part = Literal["observe", "keep", "rest"]  # that an observer takes in a step
 
 _EPOCH_LOGS = "_get_metrics_result_or_logs"
+_OF_REPLICAS = "_value_specs"
 _LOGS_AS_LIST = "_flatten_metrics_in_order"
 
 
@@ -183,14 +184,16 @@ class Joint:
                 for observer in fresh:
                     observer.check((None, part) for part in _in_parts(labels))
         keeping = [observer for observer, part in parts.items() if part == "keep"]
-        if kind == "train" and (fresh or keeping):
+        replicated = any(hasattr(part, _OF_REPLICAS) for part in tf.nest.flatten(spec))
+        if kind == "train" and (fresh or keeping) and not replicated:
             iterator = self._shown(fresh, keeping, iterator, spec)
 
         shared = [o for o in observers if not o.isolated]
         isolated = [o for o in observers if o.isolated]
         step = self._shared(kind, shared, plain) if shared else plain
-        if isolated:
-            step = self._after_a_look(kind, isolated, step, spec)
+        if isolated or (replicated and kind == "train"):
+            keeping = keeping if replicated else []
+            step = self._one_by_one(kind, isolated, keeping, step, spec)
         return step(iterator)
 
     def _shown(
@@ -201,7 +204,7 @@ class Joint:
         The host's function takes nothing but an iterator of the data's spec, or compiles anew.
         """
         if not all(isinstance(part, tf.TensorSpec) for part in tf.nest.flatten(spec)):
-            return iterator  # sparse, ragged or of several replicas: nobody gets to see it
+            return iterator  # sparse or ragged: nobody gets to see it
         batches = list(itertools.islice(iterator, self.host.steps_per_execution))
         if not batches:
             return iterator  # the host's function is to find out
@@ -231,12 +234,18 @@ class Joint:
 
         return self._cached((kind, "shared", *map(id, observers)), plain, make)
 
-    def _after_a_look(
-        self, kind: Kind, observers: list[Observer], step: Callable, spec: Any
+    def _one_by_one(
+        self,
+        kind: Kind,
+        observers: list[Observer],
+        keeping: list[Observer],
+        step: Callable,
+        spec: Any,
     ) -> Callable:
         """A function of an iterator: for each batch the observers' forward pass, then `step`.
 
-        The two are compiled apart, so that neither changes how the other is.
+        The two are compiled apart, so that neither changes how the other is. Batches of several
+        replicas can be kept here only: there is no way to make an iterator of them again.
         """
 
         def look(data: Any) -> None:
@@ -257,7 +266,7 @@ class Joint:
         def make() -> tuple[Callable, Callable]:
             return self._compiled(look_everywhere, spec), self._compiled(on_batch, spec)
 
-        key = (kind, "isolated", str(spec), *map(id, observers))
+        key = (kind, "one by one", str(spec), *map(id, observers))
         compiled_look, compiled_step = self._cached(key, step, make)
 
         def in_turn(iterator: Iterator) -> Any:
@@ -269,11 +278,22 @@ class Joint:
                     if batch:
                         break
                     raise
-                compiled_look(data)
+                for observer in keeping:
+                    observer.keep(
+                        self._of_replicas(data), keras.tree.map_structure(_of_replica, spec)
+                    )
+                if observers:
+                    compiled_look(data)
                 logs = compiled_step(data)
             return logs
 
         return in_turn
+
+    def _of_replicas(self, data: Any) -> list[Any]:
+        """A global batch as the batches of its replicas."""
+        parts = tf.nest.flatten(data)
+        local = map(self.host.distribute_strategy.experimental_local_results, parts)
+        return [tf.nest.pack_sequence_as(data, of_one) for of_one in zip(*local, strict=True)]
 
     def _compiled(self, function: Callable, spec: Any) -> Callable:
         """Compiles a function of a batch for the shapes of the whole data, not of one batch.
@@ -359,7 +379,7 @@ def _iterator_of(batches: list[Any], spec: Any) -> Iterator:
 
 def _of_replica(spec: Any) -> Any:
     """The spec of what one replica gets of a batch."""
-    return getattr(spec, "_value_specs", [spec])[0]
+    return getattr(spec, _OF_REPLICAS, [spec])[0]
 
 
 def _layers(observers: Iterable[Observer]) -> list[keras.Operation]:

@@ -49,7 +49,6 @@ def run(strategy, mode):
     reduce = {"hidden": LearnedProjection(4)}
     taps = ["input", "hidden", "norm"]
     probes = LinearProbeCallback(taps, reduce=reduce, mode=mode or "shared")
-    probes.sample_memory = 0  # several replicas settle nothing
     history = model.fit(
         x[:200], y[:200], batch_size=32, epochs=2, shuffle=False, verbose=0,
         validation_data=(x[200:270], y[200:270]), callbacks=[probes] if mode else [],
