@@ -26,7 +26,12 @@ from keras_probes.probes.heads import (
 )
 from keras_probes.probes.measures import SUMS, batch_sums
 from keras_probes.probes.replicas import sum_over_replicas
-from keras_probes.probes.settle import ENOUGH, PRIOR, Settled, settle
+from keras_probes.probes.settle import ENOUGH, Settled, settle
+
+# The l2 penalty of a probe while it trains: PRIOR * share^2 / n, for n examples to train on and the
+# share that it leaves of the log(num_classes) nats of a guess. Few examples of many features would
+# be learned by heart, noisy ones most of all.
+PRIOR = 1.5
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
@@ -182,6 +187,7 @@ class ProbeSet:
                         tf.boolean_mask(weights[target], finite).numpy(),
                         heads.mean_kernel.numpy()[place],
                         heads.mean_bias.numpy()[place, 0],
+                        of=float(self._examples.numpy()),
                     )
                     if settled is not None:
                         heads.restart(place, settled.kernel, settled.bias)

@@ -3,16 +3,18 @@
 In: standardised features of a host that stands still, labels, and the probe. Out: the probe that
 minimises
 
-    mean cross-entropy + l2/2 |W - A|^2
+    mean cross-entropy + l2/2 |W|^2 + near/2 |W - A|^2
 
 with A the W it had, and the solver's certificate. While a host trains, its features move on under
 the probe, and those of a training step are not those at inference; how far that has left the probe
-behind, the difference tells. The penalty keeps near A what the examples can't tell: for n of them
-with d features, and a share s left of the log(num_classes) nats of a guess, it is
+behind, the difference tells. The second penalty keeps near A what the examples can't tell; the
+first is that of a probe on all the host trains on, of which they may be a part. With n examples at
+hand of N, d features, and a share s left of the log(num_classes) nats of a guess, they are
 
-    PRIOR s^2 / n (1 + NEAR d / n).
+    l2 = WIDE s^2 d / N^2,    near = WIDE s^2 d / n^2:
 
-`benchmarks/tracking.py` shows what it comes to.
+none to speak of where examples are many for so few features. `benchmarks/tracking.py` shows what it
+comes to.
 """
 
 import dataclasses
@@ -22,10 +24,7 @@ import tensorflow as tf
 
 from keras_probes.probes.solver import Problem, fit_softmax
 
-# The l2 penalty of a probe that trains online: PRIOR * s^2 / n. Few examples of many features would
-# be learned by heart, noisy ones most of all.
-PRIOR = 1.5
-NEAR = 16.0
+WIDE = 30.0
 TOL = 2e-3  # nats
 MOST_STEPS = 50
 ENOUGH = 0.5  # examples per feature, at least
@@ -49,7 +48,12 @@ class Settled:
 
 
 def settle(
-    z: tf.Tensor, labels: np.ndarray, weights: np.ndarray, kernel: np.ndarray, bias: np.ndarray
+    z: tf.Tensor,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    of: float,
 ) -> Settled | None:
     """Takes one probe to its optimum.
 
@@ -59,6 +63,7 @@ def settle(
         weights: Of the examples, shape (n,).
         kernel: W, shape (n_features, num_classes).
         bias: b, shape (num_classes,).
+        of: Number of examples the host trains on, N.
 
     Returns:
         The probe; `None` if the examples are too few for so many features, or of one class. What
@@ -76,16 +81,18 @@ def settle(
     found = np.vstack([kernel, bias]).astype("float64")
     start = found[:, seen]
     problem = Problem(lambda: [block], len(kernel), len(seen))
-    before = problem.evaluate(start, l2=0.0).loss
-    if before <= TOL:  # and the optimum is not below 0
-        return Settled(found[:-1], found[-1], before, before)
-    share = before / np.log(len(seen))
-    if share > 1:  # worse than a guess: no probe to stay near
-        share, start[:-1] = 1.0, 0.0
-    problem.centre = start[:-1]
-    n = int(counts.sum())
-    l2 = PRIOR * share**2 / n * (1 + NEAR * len(kernel) / n)
-    fit = fit_softmax(problem, l2, start=start, tol=TOL, max_iterations=MOST_STEPS)
+    loss = problem.evaluate(start, l2=0.0).loss
+    if loss <= TOL:  # and the optimum is not below 0
+        return Settled(found[:-1], found[-1], loss, loss)
+    share = loss / np.log(len(seen))
+    worth = share < 1  # else worse than a guess: no probe to stay near
+    n, d = int(counts.sum()), len(kernel)
+    unit = WIDE * min(share, 1.0) ** 2 * d
+    l2, near = unit / max(n, of) ** 2, unit / n**2
+    # Both penalties are one, around a point between 0 and A, but for a constant.
+    problem.centre = start[:-1] * worth * near / (l2 + near)
+    fit = fit_softmax(problem, l2 + near, start=start * worth, tol=TOL, max_iterations=MOST_STEPS)
+    before = problem.evaluate(start, l2 + near).objective
     found[:-1, seen] = fit.kernel
     # A constant added to all of b changes nothing among the classes seen, but beside the others.
     found[-1, seen] = fit.bias + np.mean(found[-1, seen] - fit.bias)

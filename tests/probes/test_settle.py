@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Width
-from keras_probes.probes.settle import NEAR, PRIOR, TOL, settle
+from keras_probes.probes.settle import TOL, WIDE, settle
 
 
 def examples(n=400, d=5, classes=3, seed=0):
@@ -19,9 +19,9 @@ def examples(n=400, d=5, classes=3, seed=0):
     return z.astype("float32"), labels
 
 
-def settled(z, labels, kernel, bias, weights=None):
+def settled(z, labels, kernel, bias, weights=None, of=0):
     weights = np.ones(len(labels), "float32") if weights is None else weights
-    return settle(tf.constant(z), labels, weights, kernel, bias)
+    return settle(tf.constant(z), labels, weights, kernel, bias, of)
 
 
 def cross_entropy(z, labels, kernel, bias, weights=None):
@@ -30,31 +30,33 @@ def cross_entropy(z, labels, kernel, bias, weights=None):
     return np.average(losses, weights=weights)
 
 
-def objective(z, labels, kernel, bias, start):
+def objective(z, labels, kernel, bias, start, of):
     """What `settle` minimises, from its description."""
     n, d = z.shape
     share = cross_entropy(z, labels, *start) / np.log(kernel.shape[1])
     if share > 1:
         share, start = 1, (0, 0)
-    penalty = PRIOR * share**2 / n * (1 + NEAR * d / n)
-    return cross_entropy(z, labels, kernel, bias) + penalty / 2 * np.sum((kernel - start[0]) ** 2)
+    l2, near = (WIDE * share**2 * d / number**2 for number in (of, n))
+    penalty = l2 * np.sum(kernel**2) + near * np.sum((kernel - start[0]) ** 2)
+    return cross_entropy(z, labels, kernel, bias) + penalty / 2
 
 
+@pytest.mark.parametrize("of", [400, 2000])
 @pytest.mark.parametrize("scale", [0.0, 0.3, 3.0])
-def test_both_bounds_hold_and_the_probe_is_at_its_optimum(scale):
+def test_both_bounds_hold_and_the_probe_is_at_its_optimum(scale, of):
     z, labels = examples()
     rng = np.random.default_rng(1)
     start = scale * rng.normal(size=(5, 3)), scale * rng.normal(size=3)
 
-    def of(flat):
-        return objective(z, labels, flat[:15].reshape(5, 3), flat[15:], start)
+    def of_flat(flat):
+        return objective(z, labels, flat[:15].reshape(5, 3), flat[15:], start, of)
 
-    optimum = minimize(of, np.zeros(18), tol=1e-9).fun
-    found = settled(z, labels, *start)
-    above = objective(z, labels, found.kernel, found.bias, start) - optimum
+    optimum = minimize(of_flat, np.zeros(18), tol=1e-9).fun
+    found = settled(z, labels, *start, of=of)
+    above = objective(z, labels, found.kernel, found.bias, start, of) - optimum
     assert -1e-6 < above <= found.after + 1e-6
     assert found.after <= TOL
-    above_before = cross_entropy(z, labels, *start) - optimum
+    above_before = objective(z, labels, *start, start, of) - optimum
     assert above_before - 1e-6 <= found.before <= above_before + found.after + 1e-6
 
 
