@@ -87,6 +87,8 @@ class OnlineProbes:
         self._model: keras.Model | None = None
         self._pending: Mapping[str, np.ndarray] | None = None  # to restore once built
         self._sample = Sample()
+        # Whether a forward pass of our own sees what the host's training does.
+        self._same_input = True
         self._forward: ForwardPass | None = None
         self._settled: dict[tuple[str | None, str], Settled] = {}
         self._settled_at = -1  # number of steps by then
@@ -194,7 +196,7 @@ class OnlineProbes:
         turn, rest = divmod(batch // self.host.steps_per_execution, self.every)
         if rest:
             return "rest"
-        return "keep" if self._sample.wants(turn) else "observe"
+        return "keep" if self._same_input and self._sample.wants(turn) else "observe"
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything the probes have become, by name: a copy that later training leaves alone."""
@@ -282,6 +284,8 @@ class OnlineProbes:
     def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         features = self.plan.features(recording)
+        if kind == "train" and not self.isolated:
+            self._same_input = _takes_x(self.host, recording, x)
         labels = {target.name: target.labels(x, y) for target in self.targets}
         for label in labels.values():
             _check_rows(next(iter(features.values())), label)
@@ -321,7 +325,7 @@ class OnlineProbes:
     def _settle(self) -> None:
         """Takes the probes to their optimum on the examples kept, with the host as it is now."""
         self._settled = {}
-        if not self._sample.batches:
+        if not (self._same_input and self._sample.batches):
             return
         assert self._forward is not None
         parts = defaultdict(list)
@@ -352,6 +356,13 @@ class OnlineProbes:
                 'fewer features with reduce="gap" or reduce="auto" (at most 1,000 a tap), choose '
                 "fewer layers, or set memory_limit on the callback, in bytes."
             )
+
+
+def _takes_x(host: keras.Model, recording: Recording, x: Any) -> bool:
+    """Whether a step calls the host with the x of its data, and not with what it makes of it."""
+    given = tf.nest.flatten(x, expand_composites=True)
+    keras_own = type(host).train_step is keras.Model.train_step
+    return keras_own or all(any(s is part for part in given) for s in recording.sources)
 
 
 def _check_rows(features: tf.Tensor, labels: tf.Tensor) -> None:

@@ -265,3 +265,37 @@ def test_controls_of_named_targets(digits):
     assert probes.results.frame().query("target == 'odd_shuffled'")["chance"].iloc[0] == 0.5
     refit = probes.refit((x, y), test=None, l2=1.0, tol=1e-2, verbose=False)
     assert {name for name, _ in refit.probes} == {"digit", "odd"}
+
+
+class Scaling(keras.Model):
+    """A step of its own, that may make something else of x before it calls the model."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+        self.pool = layers.Flatten()
+        self.dense = layers.Dense(12, activation="relu", name="dense")
+        self.out = layers.Dense(10, activation="softmax", name="out")
+
+    def call(self, x):
+        return self.out(self.dense(self.pool(x)))
+
+    def train_step(self, data):
+        x, y = data
+        return super().train_step((x if self.scale == 1 else self.scale * x, y))
+
+    def test_step(self, data):
+        x, y = data
+        return super().test_step((x if self.scale == 1 else self.scale * x, y))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("scale", [1, -9])
+def test_a_step_that_makes_something_else_of_x_is_not_taken_for_the_host(digits, scale, eager):
+    (x, y), validation = digits
+    model = compiled(Scaling(scale), "adam", run_eagerly=eager)
+    probes = LinearProbeCallback("dense")
+    model.fit(x, y, 16, 3, callbacks=[probes], validation_data=validation, verbose=0)
+    table = probes.results.table()
+    assert ("certificate" in table) == (scale == 1)
+    assert table.loc["dense", "validation error"] < 0.7
