@@ -11,7 +11,7 @@ behind, the difference tells. The second penalty keeps near A what the examples 
 first is that of a probe on all the host trains on, of which they may be a part. With n examples at
 hand of N, d features, and a share s left of the log(num_classes) nats of a guess, they are
 
-    l2 = WIDE s^2 d / N^2,    near = WIDE s^2 d / n^2:
+    l2 = p(N),    near = p(n),    p(n) = WIDE s^2 r min(1, r / CROWDED) / n,    r = d / n:
 
 none to speak of where examples are many for so few features. `benchmarks/tracking.py` shows what it
 comes to.
@@ -25,6 +25,7 @@ import tensorflow as tf
 from keras_probes.probes.solver import Problem, fit_softmax
 
 WIDE = 30.0
+CROWDED = 1 / 9  # features per example
 TOL = 2e-3  # nats
 MOST_STEPS = 50
 ENOUGH = 0.5  # examples per feature, at least
@@ -87,8 +88,7 @@ def settle(
     share = loss / np.log(len(seen))
     worth = share < 1  # else worse than a guess: no probe to stay near
     n, d = int(counts.sum()), len(kernel)
-    unit = WIDE * min(share, 1.0) ** 2 * d
-    l2, near = unit / max(n, of) ** 2, unit / n**2
+    l2, near = (_penalty(min(share, 1.0), d, number) for number in (max(n, of), n))
     # Both penalties are one, around a point between 0 and A, but for a constant.
     problem.centre = start[:-1] * worth * near / (l2 + near)
     fit = fit_softmax(problem, l2 + near, start=start * worth, tol=TOL, max_iterations=MOST_STEPS)
@@ -98,3 +98,9 @@ def settle(
     found[-1, seen] = fit.bias + np.mean(found[-1, seen] - fit.bias)
     above = max(before - fit.objective, 0.0) + fit.certificate
     return Settled(found[:-1], found[-1], above, fit.certificate)
+
+
+def _penalty(share: float, n_features: int, n: float) -> float:
+    """p(n) of the module's description."""
+    r = n_features / n
+    return WIDE * share**2 * r * min(1.0, r / CROWDED) / n

@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Width
-from keras_probes.probes.settle import TOL, WIDE, settle
+from keras_probes.probes.settle import CROWDED, TOL, WIDE, settle
 
 
 def examples(n=400, d=5, classes=3, seed=0):
@@ -36,7 +36,10 @@ def objective(z, labels, kernel, bias, start, of):
     share = cross_entropy(z, labels, *start) / np.log(kernel.shape[1])
     if share > 1:
         share, start = 1, (0, 0)
-    l2, near = (WIDE * share**2 * d / number**2 for number in (of, n))
+    l2, near = (
+        WIDE * share**2 * min(d / number, (d / number) ** 2 / CROWDED) / number
+        for number in (of, n)
+    )
     penalty = l2 * np.sum(kernel**2) + near * np.sum((kernel - start[0]) ** 2)
     return cross_entropy(z, labels, kernel, bias) + penalty / 2
 
