@@ -94,6 +94,7 @@ def generator(digits):
             yield x[start : start + 20], y[start : start + 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "options"),
     [
@@ -193,8 +194,15 @@ def test_the_code_length_is_of_the_first_pass(digits):
     assert "code_length" not in set(probes.results.frame()["metric"])
 
 
-@pytest.mark.parametrize("mode", ["shared", "isolated"])
-@pytest.mark.parametrize(("at_once", "seen"), [(1, [0, 3, 6, 9]), (2, [0, 1, 6, 7])])
+@pytest.mark.parametrize(
+    ("mode", "at_once", "seen"),
+    [
+        ("shared", 1, [0, 3, 6, 9]),
+        ("isolated", 2, [0, 1, 6, 7]),
+        pytest.param("shared", 2, [0, 1, 6, 7], marks=pytest.mark.slow),
+        pytest.param("isolated", 1, [0, 3, 6, 9], marks=pytest.mark.slow),
+    ],
+)
 def test_every_third_batch(digits, mode, at_once, seen):
     (x, y), validation = digits
     model = host()
