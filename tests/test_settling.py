@@ -255,7 +255,7 @@ def test_a_control_tells_what_is_known_by_heart(digits, tmp_path):
     probes.save(tmp_path / "probes")
     loaded = LinearProbeCallback.load(tmp_path / "probes")
     model.evaluate(*validation, callbacks=[loaded], verbose=0)
-    assert set(loaded.results.frame()["target"].unique()) == {None, "shuffled"}
+    assert {row.target for row in loaded.results.rows} == {None, "shuffled"}
     for name in (None, "shuffled"):
         weights = zip(loaded.weights("pool", name), probes.weights("pool", name), strict=True)
         assert all(np.array_equal(got, expected) for got, expected in weights)
