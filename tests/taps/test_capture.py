@@ -16,7 +16,7 @@ class Watcher(keras.callbacks.Callback):
     def __init__(self, isolated=False):
         super().__init__()
         self.isolated = isolated
-        self.wanted = lambda step: False
+        self.part = lambda step: "observe"
         self.kept = []
         self.total = tf.Variable(0.0)
         self.examples = tf.Variable(0)
@@ -34,7 +34,7 @@ class Watcher(keras.callbacks.Callback):
         self.join("train")
 
     def on_train_batch_begin(self, batch, logs=None):
-        self.joint.expect("train", self, show=self.wanted(batch))
+        self.joint.expect("train", self, self.part(batch))
 
     def on_train_end(self, logs=None):
         self.joint.detach("train", self)
@@ -92,13 +92,13 @@ def test_every_batch_is_shown_once(digits, isolated, options, batch_size):
 
 @pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize("options", [{}, {"steps_per_execution": 3}, {"run_eagerly": True}])
-def test_a_step_that_is_shown_is_the_one_it_would_have_been(digits, isolated, options):
+def test_a_step_whose_batches_are_kept_is_the_one_it_would_have_been(digits, isolated, options):
     (x, y), _ = digits
     losses, watchers = [], []
-    for wanted in (lambda step: False, lambda step: step % 6 == 0):
+    for part in (lambda step: "observe", lambda step: "observe" if step % 6 else "keep"):
         keras.utils.set_random_seed(3)
         watcher = Watcher(isolated)
-        watcher.wanted = wanted
+        watcher.part = part
         watchers.append(watcher)
         model = compiled(dense_net(), **options)
         fitted = model.fit(x, y, 50, epochs=2, shuffle=False, callbacks=[watcher], verbose=0)
@@ -108,10 +108,10 @@ def test_a_step_that_is_shown_is_the_one_it_would_have_been(digits, isolated, op
     assert watchers[0].kept == []
     at_once = options.get("steps_per_execution", 1)
     steps = [s for step in (0, 6) for s in range(step, min(step + at_once, 7))] * 2
-    shown = [batch for batches in watchers[1].kept for batch in batches]
-    for (x_shown, y_shown), step in zip(shown, steps, strict=True):
-        np.testing.assert_array_equal(x_shown, x[50 * step : 50 * step + 50])
-        np.testing.assert_array_equal(y_shown, y[50 * step : 50 * step + 50])
+    kept = [batch for batches in watchers[1].kept for batch in batches]
+    for (x_kept, y_kept), step in zip(kept, steps, strict=True):
+        np.testing.assert_array_equal(x_kept, x[50 * step : 50 * step + 50])
+        np.testing.assert_array_equal(y_kept, y[50 * step : 50 * step + 50])
 
 
 @pytest.mark.parametrize("isolated", [False, True])
