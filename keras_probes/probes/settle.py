@@ -13,8 +13,9 @@ hand of N, d features, and a share s left of the log(num_classes) nats of a gues
 
     l2 = p(N),    near = p(n),    p(n) = WIDE s^2 r min(1, r / CROWDED) / n,    r = d / n:
 
-none to speak of where examples are many for so few features. `benchmarks/tracking.py` shows what it
-comes to.
+none to speak of where examples are many for so few features. There near is TOL / |A|^2 at least
+(of an A whose logits vary by 1, if it is smaller), which costs about TOL, and without which no
+certificate would be in reach. `benchmarks/tracking.py` shows what it comes to.
 """
 
 import dataclasses
@@ -86,12 +87,14 @@ def settle(
     if loss <= TOL:  # and the optimum is not below 0
         return Settled(found[:-1], found[-1], loss, loss)
     share = loss / np.log(len(seen))
-    worth = share < 1  # else worse than a guess: no probe to stay near
+    # One worse than a guess is no probe to stay near.
+    from_here = start if share < 1 else np.zeros_like(start)
     n, d = int(counts.sum()), len(kernel)
     l2, near = (_penalty(min(share, 1.0), d, number) for number in (max(n, of), n))
+    near = max(near, TOL / max(np.sum(from_here[:-1] ** 2), from_here[:-1].size))
     # Both penalties are one, around a point between 0 and A, but for a constant.
-    problem.centre = start[:-1] * worth * near / (l2 + near)
-    fit = fit_softmax(problem, l2 + near, start=start * worth, tol=TOL, max_iterations=MOST_STEPS)
+    problem.centre = from_here[:-1] * near / (l2 + near)
+    fit = fit_softmax(problem, l2 + near, start=from_here, tol=TOL, max_iterations=MOST_STEPS)
     before = problem.evaluate(start, l2 + near).objective
     found[:-1, seen] = fit.kernel
     # A constant added to all of b changes nothing among the classes seen, but beside the others.

@@ -36,11 +36,12 @@ F has fallen since. Both numbers are known, so that it knows how tight its certi
 
 **Method.** L-BFGS (Nocedal & Wright 2006, algorithm 7.4), whose initial inverse Hessian is that of
 the mean softmax: with Z'SZ/S = Q diag(lam) Q', and U diag(theta) U' the mean of diag(p_i) - p_i
-p_i', the Hessian is about lam x theta + l2 in the basis Q x U. Q serves all penalties; U is taken
-anew at every step. The pairs that L-BFGS keeps are of the loss alone: with l2 times the step added
-to the change of the gradient they serve any penalty, and go on from one fit of a path to the next,
-which saves a third of its passes. Tried and dropped: Newton's method with conjugate gradients (as
-many passes, and the last ones to no use), the diagonal of the mean softmax only (a third more).
+p_i', the Hessian is about lam x theta + l2 in the basis Q x U, times what the last step tells of
+its size. Q serves all penalties; U is taken anew at every step. The pairs that L-BFGS keeps are of
+the loss alone: with l2 times the step added to the change of the gradient they serve any penalty,
+and go on from one fit of a path to the next, which saves a third of its passes. Tried and dropped:
+Newton's method with conjugate gradients (as many passes, and the last ones to no use), the diagonal
+of the mean softmax only (a third more).
 """
 
 import collections
@@ -61,7 +62,7 @@ SURE = 0.2  # the estimated distance is up to a few times too small
 TIGHT = 6.0  # times the true gap that a certificate may be, as far as can be known
 EIGENBASIS_UP_TO = 3000  # features; beyond, finding the basis costs more than it saves
 _ARMIJO = 1e-4
-_ROUNDING = {"float32": 1e-8, "float64": 1e-15}  # relative error of F
+_ROUNDING = {"float32": 3e-8, "float64": 1e-15}  # relative error of F
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +203,9 @@ class Problem:
             direction -= share * change
             shares.append((step, change, curvature, share))
         direction = self._scaled(direction, point)
+        if shares:  # by how much the lately seen curvature is above that of the mean softmax
+            _, change, curvature, _ = shares[0]
+            direction *= curvature / np.sum(change * self._scaled(change, point))
         for step, change, curvature, share in reversed(shares):
             direction += step * (share - np.sum(change * direction) / curvature)
         return direction
@@ -318,7 +322,7 @@ def fit_softmax(
 
 def _fallen(found: _Point, point: _Point) -> float:
     """How far F has fallen between two points, at least."""
-    return found.objective - point.objective - 0.1 * _ROUNDING[point.dtype] * abs(point.objective)
+    return found.objective - point.objective - _ROUNDING[point.dtype] * abs(point.objective)
 
 
 def _certified(problem: Problem, found: _Point, ahead: _Point) -> tuple[_Point, float]:

@@ -35,11 +35,12 @@ def objective(z, labels, kernel, bias, start, of):
     n, d = z.shape
     share = cross_entropy(z, labels, *start) / np.log(kernel.shape[1])
     if share > 1:
-        share, start = 1, (0, 0)
+        share, start = 1, (0.0, 0.0)
     l2, near = (
         WIDE * share**2 * min(d / number, (d / number) ** 2 / CROWDED) / number
         for number in (of, n)
     )
+    near = max(near, TOL / max(np.sum(np.square(start[0])), kernel.size))
     penalty = l2 * np.sum(kernel**2) + near * np.sum((kernel - start[0]) ** 2)
     return cross_entropy(z, labels, kernel, bias) + penalty / 2
 
