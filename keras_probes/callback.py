@@ -23,7 +23,7 @@ from keras_probes.online import OnlineProbes, Settings, mebibytes
 from keras_probes.probes.measures import CODE_LENGTH, METRICS, guesses, measure
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
-from keras_probes.results import ProbeResults, Row
+from keras_probes.results import BASELINES, ProbeResults, Row
 from keras_probes.store.features import FeatureStore
 from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
@@ -77,7 +77,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
         baselines: What to measure beside the probes. `"shuffled"`: probes of the same layers on
             random labels, the same for an example whenever it is seen, under the name `shuffled`
             (or `<target>_shuffled`). How much worse they do is the table's `selectivity`; what they
-            get right in training, a probe knows by heart. It doubles what probes cost.
+            get right in training, a probe knows by heart. It doubles what probes cost. `"initial"`:
+            probes of the same layers with the weights the model has when they are built, under the
+            name `initial` (or `<target>_initial`): what the architecture gives away before it has
+            learned anything. It costs a second forward pass, and a copy of the model's weights.
         log_dir: Directory for TensorBoard event files; `None` writes none.
         backup_dir: Directory in which the probes are kept epoch by epoch while `fit` runs, as
             `keras.callbacks.BackupAndRestore` keeps the model: pass both callbacks, and a run that
@@ -109,7 +112,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         metrics: Sequence[Literal["error", "loss", "top5_error"]] = ("error", "loss"),
         mode: Literal["shared", "isolated"] = "shared",
         every: int = 1,
-        baselines: Sequence[Literal["shuffled"]] = (),
+        baselines: Sequence[Literal["initial", "shuffled"]] = (),
         log_dir: str | os.PathLike | None = None,
         backup_dir: str | os.PathLike | None = None,
         seed: int = 0,
@@ -132,7 +135,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 f"Expected `baselines` to be a sequence. Received: baselines={baselines!r}."
             )
         for baseline in baselines:
-            _one_of("baselines", baseline, ("shuffled",))
+            _one_of("baselines", baseline, BASELINES)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"Expected `seed` to be an integer. Received: seed={seed!r}.")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -192,10 +195,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
         Raises:
             ValueError: Unknown tap or target, or the probes are not built yet.
         """
-        probes = self._built().probes
-        _one_of("tap", tap, probes.taps)
-        _one_of("target", target, probes.targets)
-        return probes.weights(tap, target)
+        online = self._built()
+        _one_of("tap", tap, online.probes.taps)
+        _one_of("target", target, [each.name for each in online.targets])
+        return online.probes_of(target).weights(tap, target)
 
     def refit(
         self,
@@ -376,8 +379,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 "These probes have not been trained on this model. Pass the callback to its `fit` "
                 f"before `evaluate`. Received: evaluate of {self.model.name!r}."
             )
-        if online.built:
-            online.probes.reset_sums("test")
+        online.reset_sums("test")
         within_fit = self._fit is not None and self._fit is next(iter(calling_lists()), None)
         self._test_split = "validation" if within_fit else "test"
         self._join("test", online)
@@ -480,7 +482,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         kind: Kind = "train" if split == "train" else "test"
         certificates = online.certificates(kind)
         for target, by_tap in sums.items():
-            known, counts = (online.probes.label_counts(k, target) for k in ("train", kind))
+            probes = online.probes_of(target)
+            known, counts = (probes.label_counts(k, target) for k in ("train", kind))
             code = (CODE_LENGTH,) if kind == "train" and online.first_pass else ()
             for metric in (*self.metrics, *code):
                 majority, chance = guesses(metric, known, counts)

@@ -26,7 +26,7 @@ from keras_probes.probes.targets import (
     named_targets,
     resolve_targets,
 )
-from keras_probes.results import TapInfo, control_of
+from keras_probes.results import TapInfo, name_of_baseline
 from keras_probes.sample import Sample
 from keras_probes.taps.capture import Kind, Part
 from keras_probes.taps.plan import TapPlan, make_plan
@@ -48,6 +48,16 @@ class Settings:
     every: int
     baselines: tuple[str, ...]
     seed: int
+
+
+@dataclasses.dataclass
+class _Side:
+    """The probes that see the same features: those of the host as it is, or as it was at first."""
+
+    plan: TapPlan
+    targets: list[Target]
+    probes: ProbeSet
+    forward: ForwardPass | None = None
 
 
 class OnlineProbes:
@@ -83,20 +93,19 @@ class OnlineProbes:
         self._settings = settings
         self._report = report
         self._plan: TapPlan | None = None
-        self._probes: ProbeSet | None = None
+        self._sides: list[_Side] = []
         self._model: keras.Model | None = None
         self._pending: Mapping[str, np.ndarray] | None = None  # to restore once built
         self._sample = Sample()
         # Whether a forward pass of our own sees what the host's training does.
         self._same_input = True
-        self._forward: ForwardPass | None = None
         self._settled: dict[tuple[str | None, str], Settled] = {}
         self._settled_at = -1  # number of steps by then
 
     @property
     def built(self) -> bool:
         """Whether the probes are there."""
-        return self._probes is not None
+        return bool(self._sides)
 
     @property
     def restoring(self) -> bool:
@@ -111,9 +120,12 @@ class OnlineProbes:
 
     @property
     def probes(self) -> ProbeSet:
-        """The probes; once `built`."""
-        assert self._probes is not None
-        return self._probes
+        """The probes of the host as it is; once `built`."""
+        return self._sides[0].probes
+
+    def probes_of(self, target: str | None) -> ProbeSet:
+        """The probes that are measured under a name: of a target, or of a baseline of one."""
+        return next(side.probes for side in self._sides if target in side.probes.targets)
 
     @property
     def num_classes(self) -> int | dict[str, int]:
@@ -188,8 +200,12 @@ class OnlineProbes:
             steps = math.ceil(steps / self.host.steps_per_execution / self.every)
         self._sample.begin(self.sample_memory, steps)
         self.first_pass = not self.restoring and (not self.built or not self.probes.steps)
-        if self.built:
-            self.probes.reset_sums("train")
+        self.reset_sums("train")
+
+    def reset_sums(self, kind: Kind) -> None:
+        """Starts a new epoch of training, or a new evaluation."""
+        for side in self._sides:
+            side.probes.reset_sums(kind)
 
     def part_in(self, batch: int) -> Part:
         """What part to take in the step that begins with this batch of the epoch."""
@@ -230,7 +246,15 @@ class OnlineProbes:
             for reduced in self.plan.taps
             for variable in reduced.reduction.variables
         }
-        return {**self.probes.variables, **subsets}
+        initial = {
+            f"initial/{name}": variable
+            for side in self._sides[1:]
+            for name, variable in [
+                *side.probes.variables.items(),
+                *((f"weights/{i}", was) for i, (_, was) in enumerate(side.plan.other_weights)),
+            ]
+        }
+        return {**self.probes.variables, **subsets, **initial}
 
     # What the joint calls: the protocol `capture.Observer`.
 
@@ -239,11 +263,17 @@ class OnlineProbes:
         self.choose_taps(x)
         wanted = self._settings
         targets = resolve_targets(wanted.target, wanted.num_classes, x, y, self.plan.graph.outputs)
-        if "shuffled" in wanted.baselines:
-            targets += [
-                Target(control_of(t.name), RandomLabels(t.num_classes), t.num_classes)
-                for t in targets
-            ]
+        controls = [
+            Target(name_of_baseline("shuffled", t.name), RandomLabels(t.num_classes), t.num_classes)
+            for t in targets
+            if "shuffled" in wanted.baselines
+        ]
+        initial = [
+            dataclasses.replace(t, name=name_of_baseline("initial", t.name))
+            for t in targets
+            if "initial" in wanted.baselines
+        ]
+        targets = [*targets, *controls, *initial]
         if self.built and targets != self.targets:
             raise ValueError(
                 f"The probes were built for {_classes(self.targets)}. Received: labels of "
@@ -252,13 +282,19 @@ class OnlineProbes:
         if not self.built:
             self.targets = targets
             self._check_memory()
-            classes = {target.name: target.num_classes for target in targets}
             with self.host.distribute_strategy.scope():
-                optimizer = own_optimizer(wanted.optimizer)
-                self._probes = ProbeSet(self._widths(), classes, optimizer, wanted.seed)
+                self._add_side(self.plan, [t for t in targets if t not in initial])
+                if initial:
+                    self._add_side(self.plan.with_weights_as_now(), initial)
             if self._pending is not None:
                 self.restore(self._pending)
                 self._pending = None
+
+    def _add_side(self, plan: TapPlan, targets: list[Target]) -> None:
+        classes = {target.name: target.num_classes for target in targets}
+        optimizer = own_optimizer(self._settings.optimizer)
+        probes = ProbeSet(self._widths(), classes, optimizer, self._settings.seed)
+        self._sides.append(_Side(plan, targets, probes))
 
     def check(self, batches: Iterable[Any]) -> None:
         unlabelled: Counter[Target] = Counter()
@@ -274,29 +310,31 @@ class OnlineProbes:
             target.refuse(unlabelled[target], total[target])
 
     def keep(self, batches: Sequence[Any], spec: Any) -> None:
-        if self._forward is None or self._forward.spec != spec:
-            self._forward = ForwardPass(self.plan, self.targets, spec)
-        self._sample.add(batches, 4 * sum(self.plan.n_features.values()))
+        for side in self._sides:
+            if side.forward is None or side.forward.spec != spec:
+                side.forward = ForwardPass(side.plan, side.targets, spec)
+        features = len(self._sides) * sum(self.plan.n_features.values())
+        self._sample.add(batches, 4 * features)
 
     def layers(self) -> Iterable[keras.Operation]:
         return self.plan.layers()
 
     def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        features = self.plan.features(recording)
         if kind == "train" and not self.isolated:
             self._same_input = _takes_x(self.host, recording, x)
-        labels = {target.name: target.labels(x, y) for target in self.targets}
-        for label in labels.values():
-            _check_rows(next(iter(features.values())), label)
-        weights = {t.name: t.weights(sample_weight, labels[t.name]) for t in self.targets}
-        if kind == "train":
-            self.probes.train(features, labels, weights)
-        else:
-            self.probes.test(features, labels, weights)
+        for side in self._sides:
+            now = side.plan is self.plan
+            features = side.plan.features(recording) if now else side.plan.features_of(x)
+            labels = {target.name: target.labels(x, y) for target in side.targets}
+            for label in labels.values():
+                _check_rows(next(iter(features.values())), label)
+            weights = {t.name: t.weights(sample_weight, labels[t.name]) for t in side.targets}
+            learn = side.probes.train if kind == "train" else side.probes.test
+            learn(features, labels, weights)
 
     def logs(self, kind: Kind) -> dict[str, float]:
-        sums = self.probes.sums(kind)
+        sums = {t: by_tap for side in self._sides for t, by_tap in side.probes.sums(kind).items()}
         for target in self.targets:
             of_tap = next(iter(sums[target.name].values()))
             unlabelled = int(of_tap["unlabelled"])
@@ -327,20 +365,25 @@ class OnlineProbes:
         self._settled = {}
         if not (self._same_input and self._sample.batches):
             return
-        assert self._forward is not None
+        for side in self._sides:
+            self._settled |= self._settle_side(side)
+        self._sample.batches.clear()
+        self._settled_at = self.probes.steps
+
+    def _settle_side(self, side: _Side) -> dict[tuple[str | None, str], Settled]:
+        assert side.forward is not None
         parts = defaultdict(list)
-        while self._sample.batches:
-            for name, part in self._forward(self._sample.batches.popleft()).items():
+        for batch in self._sample.batches:
+            for name, part in side.forward(batch).items():
                 parts[name].append(part)
         rows = {name: tf.concat(parts.pop(name), axis=0) for name in list(parts)}
-        labels = {t.name: rows["labels", t.name] for t in self.targets}
+        labels = {t.name: rows["labels", t.name] for t in side.targets}
         weights = {
             name: rows.get(("weights", name), tf.ones(len(of_target)))
             for name, of_target in labels.items()
         }
         features = {tap: rows["tap", tap] for tap in self.plan.n_features}
-        self._settled = self.probes.settle(features, labels, weights)
-        self._settled_at = self.probes.steps
+        return side.probes.settle(features, labels, weights)
 
     def _widths(self) -> dict[str, Width]:
         return {t.tap.name: Width(t.n_features, t.rank) for t in self.plan.taps}

@@ -38,6 +38,7 @@ COLUMNS = (
     "majority",
     "chance",
 )
+BASELINES = ("initial", "shuffled")
 _ERRORS = ("error", "top5_error")
 _IN_TABLE = ("l2", "converged", "code_length")
 CONVERGED = 1e-2  # nats; of a probe that trained online
@@ -133,9 +134,9 @@ class Probe:
 _ROW = tuple(field.name for field in dataclasses.fields(Row))
 
 
-def control_of(target: str | None) -> str:
-    """The name of a target's control: the same classes, but a random one for each example."""
-    return "shuffled" if target is None else f"{target}_shuffled"
+def name_of_baseline(baseline: str, target: str | None) -> str:
+    """The name that measures of a baseline, one of `BASELINES`, have in place of a target's."""
+    return baseline if target is None else f"{target}_{baseline}"
 
 
 def wilson_interval(error: float, n: int) -> tuple[float, float]:
@@ -223,8 +224,9 @@ class ProbeResults:
         Returns:
             A frame indexed by tap, with `depth`, `layer`, `shape`, `reduction`, `features`, and
             for each measured split its value and, for an error, `±95%`: half the width of its
-            confidence interval. With a control, `selectivity` is how much worse probes do on random
-            labels. `nonfinite` is there if examples had to be left out: their number
+            confidence interval. Where a callback had these `baselines=`, `initial` is the measure
+            of probes of the model's first weights, and `selectivity` how much worse probes do on
+            random labels. `nonfinite` is there if examples had to be left out: their number
             in the splits shown. Where it is known, `certificate` is how many nats the training
             objective of the probes may be above its optimum, those of the last split shown, and
             `converged` whether that is within the tolerance. Probes of `fit_probes` have their
@@ -245,7 +247,13 @@ class ProbeResults:
                 f"Measured: metrics {_known(frame['metric'])}, epochs {_known(frame['epoch'])}."
             )
         latest = shown.groupby(["split", "tap"]).tail(1).set_index(["split", "tap"])
-        control = everything[everything["target"] == control_of(target)]
+        others = {
+            name: everything[
+                (everything["target"] == name_of_baseline(name, target))
+                & (everything["metric"] == metric)
+            ]
+            for name in BASELINES
+        }
         table = pd.DataFrame(
             [dataclasses.asdict(tap) for tap in self.taps],
             columns=[field.name for field in dataclasses.fields(TapInfo)],
@@ -260,10 +268,13 @@ class ProbeResults:
             table[f"{split} {metric}"] = rows["value"]
             if metric in _ERRORS:
                 table[f"{split} ±95%"] = (rows["ci_high"] - rows["ci_low"]) / 2
-            if len(control):
-                same = control[(control["split"] == split) & (control["metric"] == metric)]
-                same = same[same["epoch"] == rows["epoch"].max()].set_index("tap")
-                table[f"{split} selectivity"] = same["value"] - rows["value"]
+            for baseline, other in others.items():
+                same = other[(other["split"] == split) & (other["epoch"] == rows["epoch"].max())]
+                values = same.drop_duplicates("tap", keep="last").set_index("tap")["value"]
+                if len(values) and baseline == "initial":
+                    table[f"{split} initial"] = values
+                elif len(values):
+                    table[f"{split} selectivity"] = values - rows["value"]
             table["nonfinite"] += rows["nonfinite"].fillna(0).astype(int)
             certificate = rows["certificate"]
         if certificate.notna().any():
@@ -376,10 +387,10 @@ class ProbeResults:
         return {target: self.table(metric, target=target) for target in self._targets()}
 
     def _targets(self) -> list[str | None]:
-        """The names of the targets that are no controls."""
+        """The names of the targets that are no baselines."""
         names = dict.fromkeys(row.target for row in self.rows)
-        controls = {control_of(name) for name in names}
-        return [name for name in names if name not in controls]
+        others = {name_of_baseline(baseline, name) for name in names for baseline in BASELINES}
+        return [name for name in names if name not in others]
 
     def __repr__(self) -> str:
         epochs = len({row.epoch for row in self.rows})

@@ -489,7 +489,7 @@ def test_steps_that_shared_probes_cannot_read(digits, two_views):
         ({"mode": "share"}, ["mode", "'shared'", "'share'"]),
         ({"every": 0}, ["every", "from 1", "0"]),
         ({"baselines": "shuffled"}, ["sequence", "'shuffled'"]),
-        ({"baselines": ["initial"]}, ["baselines", "'shuffled'", "'initial'"]),
+        ({"baselines": ["random"]}, ["baselines", "'shuffled'", "'initial'", "'random'"]),
         ({"every": 2.0}, ["every", "2.0"]),
         ({"metrics": ("eror",)}, ["metrics", "'eror'", "'error'"]),
         ({"metrics": ()}, ["metrics", "'loss'"]),

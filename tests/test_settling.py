@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from hosts import compiled
+from hosts import MODES, compiled
 from keras import layers
 
 from keras_probes import LinearProbeCallback, extract_features, fit_probes
@@ -273,6 +273,45 @@ def test_controls_of_named_targets(digits):
     assert probes.results.frame().query("target == 'odd_shuffled'")["chance"].iloc[0] == 0.5
     refit = probes.refit((x, y), test=None, l2=1.0, tol=1e-2, verbose=False)
     assert {name for name, _ in refit.probes} == {"digit", "odd"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_first_weights_give_away(digits, tmp_path, mode):
+    (x, y), (x_val, y_val) = digits
+    keras.utils.set_random_seed(3)
+    plain = host()
+    keras.utils.set_random_seed(3)
+    model, at_first = host(), host()
+    at_first.set_weights(model.get_weights())
+    probes = LinearProbeCallback(TAPS, mode=mode, baselines=["initial", "shuffled"])
+
+    def fit(model, *callbacks):
+        options = {"shuffle": False, "verbose": 0, "validation_data": (x_val, y_val)}
+        return model.fit(x, y, 16, 3, callbacks=list(callbacks), **options).history
+
+    history, alone = fit(model, probes), fit(plain)
+    assert all(np.array_equal(history[key], alone[key]) for key in alone)
+
+    def error(model, weights):
+        features = keras.Model(model.inputs, model.get_layer("dense").output).predict(
+            x_val, verbose=0
+        )
+        kernel, bias = weights
+        return np.mean((features @ kernel + bias).argmax(1) != y_val)
+
+    weights = probes.weights("dense", "initial")
+    assert history["val_probe_initial_error/dense"][-1] == pytest.approx(error(at_first, weights))
+    assert error(model, weights) > error(at_first, weights)
+    table = probes.results.table()
+    for split, prefix in (("train", ""), ("validation", "val_")):
+        expected = history[f"{prefix}probe_initial_error/dense"][-1]
+        assert table.loc["dense", f"{split} initial"] == expected
+    assert str(probes.results).count("by class frequencies") == 1  # no table of its own
+
+    probes.save(tmp_path / "probes")
+    loaded = LinearProbeCallback.load(tmp_path / "probes")
+    logs = model.evaluate(x_val, y_val, callbacks=[loaded], return_dict=True, verbose=0)
+    assert logs["probe_initial_error/dense"] == history["val_probe_initial_error/dense"][-1]
 
 
 class Scaling(keras.Model):

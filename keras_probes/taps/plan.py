@@ -52,11 +52,14 @@ class TapPlan:
         host: The model.
         graph: What the host computes.
         taps: The chosen taps, each with its reduction.
+        other_weights: Variables that `features_of` takes in place of those of the host, by pairs:
+            (the host's, the other).
     """
 
     host: keras.Model
     graph: HostGraph
     taps: tuple[ReducedTap, ...]
+    other_weights: tuple[tuple[keras.Variable, keras.Variable], ...] = ()
 
     @property
     def n_features(self) -> dict[str, int]:
@@ -114,10 +117,19 @@ class TapPlan:
         Args:
             x: What the host takes.
         """
+        values = [(own, tf.convert_to_tensor(other)) for own, other in self.other_weights]
         # A stateless scope takes any assignment to a Keras variable upon itself.
-        with record_calls(self.host, self.layers()) as recording, keras.StatelessScope():
+        with record_calls(self.host, self.layers()) as recording, keras.StatelessScope(values):
             call_at_inference(self.host, x)
         return self.features(recording)
+
+    def with_weights_as_now(self) -> "TapPlan":
+        """The same taps of the host as it is now, whatever becomes of it."""
+        pairs = [
+            (own, keras.Variable(own, trainable=False, dtype=own.dtype, name=f"was_{place}"))
+            for place, own in enumerate(self.host.weights)
+        ]
+        return dataclasses.replace(self, other_weights=tuple(pairs))
 
     def inputs(self) -> dict[str, keras.KerasTensor]:
         """Returns a Keras input for the host's tensor at each tap, by tap name."""
