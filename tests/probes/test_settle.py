@@ -30,18 +30,9 @@ def cross_entropy(z, labels, kernel, bias, weights=None):
     return np.average(losses, weights=weights)
 
 
-def objective(z, labels, kernel, bias, start, of):
-    """What `settle` minimises, from its description."""
-    n, d = z.shape
-    share = cross_entropy(z, labels, *start) / np.log(kernel.shape[1])
-    if share > 1:
-        share, start = 1, (0.0, 0.0)
-    l2, near = (
-        WIDE * share**2 * min(d / number, (d / number) ** 2 / CROWDED) / number
-        for number in (of, n)
-    )
-    near = max(near, TOL / max(np.sum(np.square(start[0])), kernel.size))
-    penalty = l2 * np.sum(kernel**2) + near * np.sum((kernel - start[0]) ** 2)
+def objective(z, labels, kernel, bias, centre, l2, near):
+    """What `settle` minimises."""
+    penalty = l2 * np.sum(kernel**2) + near * np.sum((kernel - centre) ** 2)
     return cross_entropy(z, labels, kernel, bias) + penalty / 2
 
 
@@ -52,16 +43,30 @@ def test_both_bounds_hold_and_the_probe_is_at_its_optimum(scale, of):
     rng = np.random.default_rng(1)
     start = scale * rng.normal(size=(5, 3)), scale * rng.normal(size=3)
 
+    share = cross_entropy(z, labels, *start) / np.log(3)
+    centre = start[0] if share < 1 else 0 * start[0]
+    found = settled(z, labels, *start, of=of)
+
+    def value(kernel, bias):
+        return objective(z, labels, kernel, bias, centre, found.l2, found.near)
+
     def of_flat(flat):
-        return objective(z, labels, flat[:15].reshape(5, 3), flat[15:], start, of)
+        return value(flat[:15].reshape(5, 3), flat[15:])
 
     optimum = minimize(of_flat, np.zeros(18), tol=1e-9).fun
-    found = settled(z, labels, *start, of=of)
-    above = objective(z, labels, found.kernel, found.bias, start, of) - optimum
+    above = value(found.kernel, found.bias) - optimum
     assert -1e-6 < above <= found.after + 1e-6
     assert found.after <= TOL
-    above_before = objective(z, labels, *start, start, of) - optimum
+    above_before = value(*start) - optimum
     assert above_before - 1e-6 <= found.before <= above_before + found.after + 1e-6
+
+    # The penalties are at most those of the probe as it was, and not less than of what it became.
+    left = (cross_entropy(z, labels, found.kernel, found.bias) + 5 * 2 / 400) / np.log(3)
+    most, least = min(share, 1), min(share, left)
+    size = [max(15, *(np.sum(k**2) for k in ks)) for ks in ([centre], [centre, found.kernel])]
+    for got, n, floors in ((found.l2, of, (0, 0)), (found.near, 400, TOL / np.array(size))):
+        p = WIDE * min(5 / n, (5 / n) ** 2 / CROWDED) / n
+        assert max(p * least**2, floors[1]) * 0.99 <= got <= max(p * most**2, floors[0]) * 1.01
 
 
 def test_a_probe_without_loss_is_left_as_it_is():
