@@ -209,6 +209,8 @@ class ProbeResults:
             extra = {"depth": depths[row.tap], "ci_low": low, "ci_high": high}
             records.append({**dataclasses.asdict(row), **extra})
         frame = pd.DataFrame.from_records(records, columns=list(COLUMNS))
+        # pandas 3 would make NaN of the None of an unnamed target beside a named baseline.
+        frame["target"] = pd.Series([row.target for row in self.rows], frame.index, dtype=object)
         return frame.astype(dict.fromkeys((*_NUMBERS, "ci_low", "ci_high"), "float64"))
 
     def table(

@@ -139,6 +139,16 @@ def test_several_targets_have_a_table_each():
     assert "<h4>is_even</h4>" in results._repr_html_()
 
 
+def test_baselines_are_columns_beside_their_target():
+    results = filled([None, "initial", "shuffled"])
+    assert list(results.frame()["target"].unique()) == [None, "initial", "shuffled"]
+    table = results.table()
+    for split in ("train", "validation"):
+        assert list(table[f"{split} initial"]) == list(table[f"{split} error"])
+        assert list(table[f"{split} selectivity"]) == [0.0, 0.0]
+    assert str(results).count("by chance") == 1  # a baseline has no table of its own
+
+
 def test_html_escapes_names():
     page = filled()._repr_html_()
     assert "outer/conv &lt;1&gt;, x" in page

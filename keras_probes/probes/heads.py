@@ -17,6 +17,7 @@ Where a projection is to be learned with the head (section 3.4, second suggestio
 P V of two matrices, (n_features, rank) and (rank, num_classes).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -116,7 +117,7 @@ class Standardize(keras.layers.Layer):
         mean, variance = tf.nn.moments(x, axes=0, keepdims=True)
         reach = tf.reduce_max(tf.abs(x - mean), axis=0, keepdims=True)
         for variable, value in ((self.mean, mean), (self.variance, variance), (self.reach, reach)):
-            _put(variable, place, value)
+            _put(variable, {place: value})
         return (x - mean) * self.scale()[place]
 
     def compute_output_shape(self, input_shape):
@@ -186,12 +187,13 @@ class SoftmaxHeads(keras.layers.Layer):
         """What the kernel of one tap is applied to, of z, float32, shape (n, n_features)."""
         return z
 
-    def restart(self, place: int, kernel: np.ndarray, bias: np.ndarray) -> None:
-        """Goes on from this kernel and bias of one tap, and its averages of anything else."""
-        _put(self.mean_kernel, place, kernel)
-        _put(self.mean_bias, place, bias)
+    def restart(self, kernels: Mapping[int, np.ndarray], biases: Mapping[int, np.ndarray]) -> None:
+        """Goes on from these kernels and biases, by tap, and the averages of anything else."""
+        _put(self.mean_kernel, kernels)
+        _put(self.mean_bias, biases)
         for variable, mean in self.averaged:
-            _put(variable, place, mean.numpy()[place])
+            held = mean.numpy()
+            _put(variable, {place: held[place] for place in kernels})
 
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
@@ -268,10 +270,11 @@ class ProjectedHeads(SoftmaxHeads):
         return projection * (_PROJECTION_UNIT / float(np.sqrt(self.rank)))
 
 
-def _put(variable: keras.Variable, place: int, value: Any) -> None:
-    """Sets what a variable holds of one tap, in all replicas: assigning to a slice would not."""
+def _put(variable: keras.Variable, values: Mapping[int, Any]) -> None:
+    """Sets what a variable holds of some taps, in all replicas: assigning to slices would not."""
     held = np.array(variable.numpy())
-    held[place] = value
+    for place, value in values.items():
+        held[place] = value
     variable.assign(held)
 
 

@@ -172,8 +172,10 @@ class ProbeSet:
             By target and tap, what became of the probe. Those of a tap that has too many features
             for so few examples are not there: they stay as they were.
         """
-        found = {}
+        found: dict[tuple[str | None, str], Settled] = {}
         for group in self._groups:
+            after: dict[str | None, dict[int, Settled]] = {target: {} for target in group.heads}
+            before = {target: heads.mean_kernel.numpy() for target, heads in group.heads.items()}
             for place, tap in enumerate(group.taps):
                 finite = tf.reduce_all(tf.math.is_finite(features[tap]), axis=1)
                 x = tf.boolean_mask(features[tap], finite)
@@ -185,13 +187,17 @@ class ProbeSet:
                         heads.projected(place, z),
                         tf.boolean_mask(labels[target], finite).numpy(),
                         tf.boolean_mask(weights[target], finite).numpy(),
-                        heads.mean_kernel.numpy()[place],
+                        before[target][place],
                         heads.mean_bias.numpy()[place, 0],
                         of=float(self._examples.numpy()),
                     )
                     if settled is not None:
-                        heads.restart(place, settled.kernel, settled.bias)
-                        found[target, tap] = settled
+                        after[target][place] = found[target, tap] = settled
+            for target, by_place in after.items():
+                group.heads[target].restart(
+                    {place: settled.kernel for place, settled in by_place.items()},
+                    {place: settled.bias for place, settled in by_place.items()},
+                )
         return found
 
     def _stacked(self, features: Features) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
