@@ -237,6 +237,7 @@ def test_batches_that_are_left_out_are_the_hosts_own(digits):
 def test_a_control_tells_what_is_known_by_heart(digits, tmp_path):
     (x, y), validation = digits
     probes = LinearProbeCallback(["input", "pool"], baselines=["shuffled"])
+    probes.sample_memory = 0  # settled, they would be told that nothing is to be learned
     model = host()
     history = model.fit(
         x, y, 16, 6, callbacks=[probes], validation_data=validation, verbose=0

@@ -5,36 +5,38 @@ minimises
 
     mean cross-entropy + l2/2 |W|^2 + near/2 |W - A|^2
 
-with A the W it had, and the solver's certificate. While a host trains, its features move on under
-the probe, and those of a training step are not those at inference; how far that has left the probe
-behind, the difference tells. The second penalty keeps near A what the examples can't tell; the
-first is that of a probe on all the host trains on, of which they may be a part. With n examples at
-hand of N, d features, and a share s left of the log(num_classes) nats of a guess, they are
+where A is the W it had, and the solver's certificate. While a host trains, its features move on
+under the probe, and those of a training step are not those at inference; how far that has left the
+probe behind, the difference tells. With n examples at hand, of the N that the host trains on,
 
-    l2 = p(N),    near = p(n),    p(n) = WIDE s^2 r min(1, r / CROWDED) / n,    r = d / n:
+    l2 = n/N penalty,    near = (1 - n/N) penalty:
 
-none to speak of where examples are many for so few features. There near is TOL / |A|^2 at least
-(of an A whose logits vary by 1, if it is smaller), which costs about TOL, and without which no
-certificate would be in reach. Where a probe comes out so much better or larger than it was that
-its penalties would be less than half of these, it is settled again, with them. On other examples it
-is taken to do worse by as many nats as it has parameters for each (Akaike 1974).
+what the others have taught the probe stays; where all are at hand, they alone decide. The penalty
+is the one of a row of them, each half a decade from the next, that does best on every `FOLDS`-th
+example, as `fit_probes` chooses it; the probe is then fitted to all. The row begins at
+
+    s d / (n |A|^2)
+
+with d features and a share s left of the log(num_classes) nats of a guess: weights as large as they
+were, and examples that say the less the less of them is explained. What the probe does in the end
+cannot tell it: seen again and again, examples of many features are learned by heart, and the
+penalty would fade. It is TOL / |W|^2 at least, which costs about TOL, and without which no
+certificate would be in reach.
 
 `benchmarks/tracking.py` shows what it comes to.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.probes.solver import Problem, fit_softmax
+from keras_probes.probes.solver import Block, Problem, fit_softmax
 
-WIDE = 30.0
-CROWDED = 1 / 9  # features per example
 TOL = 2e-3  # nats
 MOST_STEPS = 50
-STALE = 0.5  # of a penalty: below, one set by what the probe was is taken back
+FOLDS = 8  # one of them chooses the penalty
+FACTOR = 10**0.5  # from a penalty to the next
 ENOUGH = 0.5  # examples per feature, at least
 
 
@@ -47,7 +49,7 @@ class Settled:
         bias: b, float64, shape (num_classes,).
         before: Upper bound on how far the objective was above its optimum, in nats.
         after: The same of what is returned.
-        l2, near: The penalties.
+        l2, near: The penalties, which add up to the one that was chosen.
     """
 
     kernel: np.ndarray
@@ -97,36 +99,47 @@ def settle(
         return Settled(found[:-1], found[-1], loss, loss, 0.0, 0.0)
     guess, n, d = np.log(len(seen)), int(counts.sum()), len(kernel)
     # One worse than a guess is no probe to stay near.
-    from_here = point = start if loss < guess else np.zeros_like(start)
-    options: dict[str, Any] = {"tol": TOL, "max_iterations": MOST_STEPS}
-
-    def penalties(share: float, size: float) -> tuple[float, float]:
-        l2, near = (_penalty(share, d, number) for number in (max(n, of), n))
-        return l2, max(near, TOL / size)
-
-    share, size = min(loss / guess, 1.0), max(np.sum(from_here[:-1] ** 2), from_here[:-1].size)
-    while True:
-        l2, near = penalties(share, size)
-        # Both penalties are one, around a point between 0 and A, but for a constant.
-        problem.centre = from_here[:-1] * near / (l2 + near)
-        fit = fit_softmax(problem, l2 + near, start=point, certify=False, **options)
-        point = np.vstack([fit.kernel, fit.bias])
-        loss = fit.objective - (l2 + near) / 2 * np.sum((fit.kernel - problem.centre) ** 2)
-        left = min(share, (loss + d * (len(seen) - 1) / n) / guess)
-        grown = max(size, np.sum(fit.kernel**2))
-        if sum(penalties(left, grown)) > STALE * (l2 + near):
-            break
-        share, size = left, grown
-    fit = fit_softmax(problem, l2 + near, start=point, **options)
-    before = problem.evaluate(start, l2 + near).objective
+    from_here = start if loss < guess else np.zeros_like(start)
+    size = max(np.sum(from_here[:-1] ** 2), from_here[:-1].size)  # or logits that vary by 1
+    known = 1.0 - n / max(n, of)
+    problem.centre = known * from_here[:-1]
+    first = max(min(loss / guess, 1.0) * d / n, TOL) / size
+    penalty, point = _chosen(problem, block, np.flatnonzero(counts)[::FOLDS], first, from_here)
+    fit = fit_softmax(problem, penalty, start=point, tol=TOL, max_iterations=MOST_STEPS)
+    before = problem.evaluate(start, penalty).objective
     found[:-1, seen] = fit.kernel
     # A constant added to all of b changes nothing among the classes seen, but beside the others.
     found[-1, seen] = fit.bias + np.mean(found[-1, seen] - fit.bias)
     above = max(before - fit.objective, 0.0) + fit.certificate
+    l2, near = (1.0 - known) * penalty, known * penalty
     return Settled(found[:-1], found[-1], above, fit.certificate, l2, near)
 
 
-def _penalty(share: float, n_features: int, n: float) -> float:
-    """p(n) of the module's description."""
-    r = n_features / n
-    return WIDE * share**2 * r * min(1.0, r / CROWDED) / n
+def _chosen(
+    problem: Problem, block: Block, apart: np.ndarray, first: float, start: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """The penalty that does best on the examples `apart`, and the probe it makes of the others."""
+    z, labels, weights = block
+    is_apart = np.zeros(len(z), bool)
+    is_apart[apart] = True
+    others, held = (
+        problem.of([tuple(tf.boolean_mask(part, rows) for part in (z, labels, weights))])
+        for rows in (~is_apart, is_apart)
+    )
+
+    def tried(penalty: float, start: np.ndarray) -> tuple[float, float, np.ndarray]:
+        fit = fit_softmax(
+            others, penalty, start=start, tol=TOL, max_iterations=MOST_STEPS, certify=False
+        )
+        point = np.vstack([fit.kernel, fit.bias])
+        return held.evaluate(point, l2=0.0).loss, penalty, point
+
+    best = begun = tried(first, start)
+    for factor in (1 / FACTOR, FACTOR):
+        following = best
+        while best is following and best[1] * factor * np.sum(best[2][:-1] ** 2) > TOL:
+            following = tried(best[1] * factor, best[2])
+            best = min(best, following, key=lambda one: one[0])
+        if best is not begun:
+            break
+    return best[1:]

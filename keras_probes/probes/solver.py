@@ -45,9 +45,10 @@ of the mean softmax only (a third more).
 """
 
 import collections
+import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -135,6 +136,13 @@ class Problem:
         self._shape = (n_features + 1, num_classes)
         self.centre = np.zeros((n_features, num_classes))
         self._sum_of_squares()
+
+    def of(self, blocks: Sequence[Block]) -> "Problem":
+        """The same of some of the rows, which share the basis; there is no certificate for them."""
+        part = copy.copy(self)
+        part._blocks = lambda: blocks
+        part.total = float(sum(np.sum(weights, dtype="float64") for _, _, weights in blocks))
+        return part
 
     def _sum_of_squares(self) -> None:
         """One pass: the eigenbasis of Z'SZ/S, and what labels and features have in common."""

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
 
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Width
-from keras_probes.probes.settle import CROWDED, TOL, WIDE, settle
+from keras_probes.probes.settle import FACTOR, FOLDS, TOL, settle
 
 
 def examples(n=400, d=5, classes=3, seed=0):
@@ -60,13 +61,28 @@ def test_both_bounds_hold_and_the_probe_is_at_its_optimum(scale, of):
     above_before = value(*start) - optimum
     assert above_before - 1e-6 <= found.before <= above_before + found.after + 1e-6
 
-    # The penalties are at most those of the probe as it was, and not less than of what it became.
-    left = (cross_entropy(z, labels, found.kernel, found.bias) + 5 * 2 / 400) / np.log(3)
-    most, least = min(share, 1), min(share, left)
-    size = [max(15, *(np.sum(k**2) for k in ks)) for ks in ([centre], [centre, found.kernel])]
-    for got, n, floors in ((found.l2, of, (0, 0)), (found.near, 400, TOL / np.array(size))):
-        p = WIDE * min(5 / n, (5 / n) ** 2 / CROWDED) / n
-        assert max(p * least**2, floors[1]) * 0.99 <= got <= max(p * most**2, floors[0]) * 1.01
+    # What the examples at hand are of all there are, l2 is of both penalties.
+    assert found.l2 == pytest.approx((found.l2 + found.near) * 400 / of)
+
+
+@pytest.mark.parametrize(("n", "noise"), [(80, 0), (80, 40), (400, 40), (400, 0)])
+def test_the_penalty_is_the_one_that_does_best_on_examples_apart(n, noise):
+    z, labels = examples(n)
+    random = np.random.default_rng(4).normal(size=(n, noise)) / np.sqrt(5)
+    z = np.concatenate([z, random.astype("float32")], axis=1)
+    kernel, bias = np.zeros((5 + noise, 3)), np.zeros(3)
+    found = settled(z, labels, kernel, bias)
+    apart = np.arange(n) % FOLDS == 0
+
+    def loss_apart(penalty):
+        model = LogisticRegression(C=1 / (penalty * (~apart).sum()), tol=1e-8, max_iter=10000)
+        model.fit(z[~apart], labels[~apart])
+        return cross_entropy(z[apart], labels[apart], model.coef_.T, model.intercept_)
+
+    best = loss_apart(found.l2)
+    assert best < loss_apart(found.l2 * FACTOR) + 2e-3
+    if found.l2 * np.sum(found.kernel**2) > 10 * TOL:  # there is a penalty below
+        assert best < loss_apart(found.l2 / FACTOR) + 2e-3
 
 
 def test_a_probe_without_loss_is_left_as_it_is():
