@@ -15,7 +15,7 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -67,8 +67,13 @@ class Observer(Protocol):
     def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
         """Takes in one batch; runs within a traced step."""
 
-    def logs(self, kind: Kind) -> dict[str, float]:
-        """Numbers for the logs of the epoch or the evaluation that ends now."""
+    def logs(self, kind: Kind, of_host: Mapping[str, Any]) -> dict[str, float]:
+        """Numbers for the logs of the epoch or the evaluation that ends now.
+
+        Args:
+            kind: Which steps it was of.
+            of_host: The host's own logs.
+        """
 
 
 class Joint:
@@ -320,12 +325,14 @@ class Joint:
             result = epoch_logs(logs)
             last, kind, observers = self._last
             if logs is not last or last is None:
+                if not self._running():
+                    self._remove()  # where `compile` took the guards, no step did it
                 return result
             self._last = (None, "train", [])
             added: dict[str, float] = {}
             try:
                 for observer in observers:
-                    added.update(observer.logs(kind))
+                    added.update(observer.logs(kind, result))
             except BaseException:
                 self._remove()
                 raise

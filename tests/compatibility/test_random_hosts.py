@@ -53,6 +53,11 @@ class Example:
     isolated: bool
     schedule: tuple[tuple, ...]
 
+    @property
+    def exact(self):
+        """Whether the host does the same twice: an Embedding's gradient adds up in any order."""
+        return self.kind != "tokens"
+
 
 # What examples are made of.
 
@@ -206,7 +211,9 @@ def build(example):
 
 
 def compile_(host, example):
-    return compiled(host, "adam", jit_compile=False, run_eagerly=example.eager)
+    # Adam would make of a rounding error in a gradient of zero a step of full length.
+    optimizer = "adam" if example.exact else "sgd"
+    return compiled(host, optimizer, jit_compile=False, run_eagerly=example.eager)
 
 
 def data_of(kind, n):
@@ -276,7 +283,7 @@ def run(example, probes=None):
             logs = host.evaluate(*validation, verbose=0, return_dict=True, callbacks=callbacks)
             note(logs, ("",))
         elif action == "predict":
-            reported.append({"predict": host.predict(validation[0], verbose=0).tobytes()})
+            reported.append({"predict": host.predict(validation[0], verbose=0)})
         elif action == "batch":
             reported.append(host.train_on_batch(x[:16], y[:16], return_dict=True))
     # What an interrupt leaves on a host, its next plain fit takes off.
@@ -310,10 +317,8 @@ def test_hosts_are_untouched_reports_complete_and_nothing_is_left_behind(example
         }
         assert all(np.isfinite(values).all() for values in logs.values())
     if example.isolated:
-        # An Embedding's gradient adds up in any order: such a host may differ from itself.
-        exact = example.kind != "tokens" or _same(run(example)[0], plain)
-        assert reported == expected or not exact
-        assert _same(host, plain) or not exact
+        _compare(reported, expected, example)
+        _compare(_variables(host), _variables(plain), example)
 
 
 def _fitting(reduce, taps):
@@ -327,9 +332,10 @@ def _fitting(reduce, taps):
     return {tap.name: "auto" if tap in unfit else reduce for tap in taps}
 
 
-def _same(host, other):
-    both = zip(_variables(host), _variables(other), strict=True)
-    return all(np.array_equal(got, wanted) for got, wanted in both)
+def _compare(got, wanted, example):
+    off = 0 if example.exact else 5e-2 if example.policy == "mixed_bfloat16" else 1e-4
+    pairs = zip(keras.tree.flatten(got), keras.tree.flatten(wanted), strict=True)
+    assert all(np.allclose(a, b, rtol=off, atol=off) for a, b in pairs)
 
 
 def _variables(host):

@@ -65,7 +65,7 @@ class Watcher(keras.callbacks.Callback):
         self.total.assign_add(tf.reduce_sum(tensor))
         self.examples.assign_add(tf.shape(tensor)[0])
 
-    def logs(self, kind):
+    def logs(self, kind, of_host):
         self.ended.append((kind, int(self.examples)))
         self.examples.assign(0)
         return {"watched": float(self.total)}
