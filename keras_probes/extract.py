@@ -99,6 +99,7 @@ def extract_features(
         "chunk_rows": size * math.ceil(CHUNK_ROWS / size),
         "dtype": dtype,
         "taps": plan.described(),
+        "graph": plan.described_graph(),
         "reductions": {
             t.tap.name: keras.saving.serialize_keras_object(t.reduction) for t in plan.taps
         },

@@ -26,7 +26,7 @@ from keras_probes.probes.targets import (
     named_targets,
     resolve_targets,
 )
-from keras_probes.results import TapInfo, name_of_baseline
+from keras_probes.results import Node, TapInfo, name_of_baseline
 from keras_probes.sample import Sample
 from keras_probes.taps.capture import Kind, Part
 from keras_probes.taps.plan import TapPlan, make_plan
@@ -69,7 +69,7 @@ class OnlineProbes:
     Args:
         host: The model.
         settings: What to probe and how.
-        report: Makes the logs of an epoch or evaluation from its sums.
+        report: Makes the logs of an epoch or evaluation from its sums and the host's own logs.
 
     Attributes:
         memory_limit: Bytes all probes together may take.
@@ -84,7 +84,7 @@ class OnlineProbes:
         self,
         host: keras.Model,
         settings: Settings,
-        report: Callable[[Kind, Sums], dict[str, float]],
+        report: Callable[[Kind, Sums, Mapping[str, Any]], dict[str, float]],
     ):
         self.host = host
         self.isolated, self.every = settings.isolated, settings.every
@@ -164,6 +164,10 @@ class OnlineProbes:
     def tap_infos(self) -> list[TapInfo]:
         """What the results say of each tap."""
         return [TapInfo(**tap) for tap in self.plan.described()]
+
+    def nodes(self) -> list[Node]:
+        """The host's layers and the taps, as the results keep them."""
+        return [Node(**node) for node in self.plan.described_graph()]
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Number of parameters, and memory in bytes, of the probes of each tap.
@@ -333,7 +337,7 @@ class OnlineProbes:
             learn = side.probes.train if kind == "train" else side.probes.test
             learn(features, labels, weights)
 
-    def logs(self, kind: Kind) -> dict[str, float]:
+    def logs(self, kind: Kind, of_host: Mapping[str, Any]) -> dict[str, float]:
         sums = {t: by_tap for side in self._sides for t, by_tap in side.probes.sums(kind).items()}
         for target in self.targets:
             of_tap = next(iter(sums[target.name].values()))
@@ -342,7 +346,7 @@ class OnlineProbes:
             target.refuse(unlabelled, total)
         if kind == "train":
             self._settle()
-        return self._report(kind, sums)
+        return self._report(kind, sums, of_host)
 
     def certificates(self, kind: Kind) -> dict[tuple[str | None, str], float]:
         """Upper bounds on how far the probes were above their optimum, in nats.

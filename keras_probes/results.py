@@ -1,22 +1,24 @@
 """The record of what probes measured: both drivers fill it, every view reads it.
 
-In: one `Row` a measure. Out: a tidy frame, a table, files.
+In: one `Row` a measure. Out: a tidy frame, the probes, files; by way of `view`, all else.
 """
 
 import dataclasses
 import hashlib
-import html
 import io
 import json
 import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from keras_probes.view.diagnose import Findings
 
 Z_95 = 1.959963984540054  # 97.5% point of the standard normal distribution
 
@@ -37,16 +39,11 @@ COLUMNS = (
     "certificate",
     "majority",
     "chance",
+    "host",
 )
 BASELINES = ("initial", "shuffled")
-_ERRORS = ("error", "top5_error")
-_IN_TABLE = ("l2", "converged", "code_length")
-CONVERGED = 1e-2  # nats; of a probe that trained online
-_AS_TEXT: dict[str, Any] = {
-    "float_format": "{:.4f}".format,
-    "formatters": {"l2": "{:.0e}".format, "certificate": "{:.0e}".format},
-}
-_NUMBERS = ("value", "certificate", "majority", "chance")  # that may be NaN
+ERRORS = ("error", "top5_error")  # the metrics that are proportions
+_NUMBERS = ("value", "certificate", "majority", "chance", "host")  # that may be NaN
 _MANIFEST = "probes.json"
 _FORMAT = 1
 
@@ -79,7 +76,30 @@ class TapInfo:
     @property
     def shape_text(self) -> str:
         """The shape as tables show it, such as `28 x 28 x 3`."""
-        return " x ".join("?" if size is None else str(size) for size in self.shape)
+        return shape_text(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A layer of the host, or a tap.
+
+    Attributes:
+        name: Its name; of a tap, the tap's.
+        layer: Class name of the layer.
+        shape: Shape of one example's activation, without the batch.
+        inputs: Names of the nodes it is computed from.
+    """
+
+    name: str
+    layer: str
+    shape: tuple[int | None, ...]
+    inputs: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Node":
+        """Made of its fields as JSON gives them back, with lists for tuples."""
+        lists = {name: tuple(fields[name]) for name in ("shape", "inputs")}
+        return cls(**{**fields, **lists})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +122,7 @@ class Row:
         majority: The measure of who sees no feature, and answers by the class frequencies of the
             training labels alone; NaN if they are not known.
         chance: That of who does not know these either.
+        host: That of the host itself; NaN if it is not known.
     """
 
     epoch: int
@@ -116,6 +137,7 @@ class Row:
     certificate: float = math.nan
     majority: float = math.nan
     chance: float = math.nan
+    host: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +159,11 @@ _ROW = tuple(field.name for field in dataclasses.fields(Row))
 def name_of_baseline(baseline: str, target: str | None) -> str:
     """The name that measures of a baseline, one of `BASELINES`, have in place of a target's."""
     return baseline if target is None else f"{target}_{baseline}"
+
+
+def shape_text(shape: Sequence[int | None]) -> str:
+    """A shape as tables and pictures show it, such as `28 x 28 x 3`."""
+    return " x ".join("?" if size is None else str(size) for size in shape)
 
 
 def wilson_interval(error: float, n: int) -> tuple[float, float]:
@@ -167,6 +194,7 @@ class ProbeResults:
         rows: Measures to begin with.
         probes: The probes themselves, by target and tap, where they are kept.
         reductions: By tap, the Keras configuration of what makes its features.
+        graph: The layers of the host and the taps, in graph order.
     """
 
     def __init__(
@@ -176,11 +204,13 @@ class ProbeResults:
         *,
         probes: Mapping[tuple[str | None, str], Probe] | None = None,
         reductions: Mapping[str, Any] | None = None,
+        graph: Iterable[Node] = (),
     ):
         self.taps = list(taps)
         self.rows = list(rows)
         self.probes = dict(probes or {})
         self.reductions = dict(reductions or {})
+        self.graph = list(graph)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Takes further measures into the record."""
@@ -198,20 +228,94 @@ class ProbeResults:
             `nonfinite` (examples left out since a feature was NaN or infinite), `certificate`
             (nats the probe's training objective may be above its optimum, NaN if not known), and
             `majority` and `chance` (the same measure of who sees no feature, with and without
-            knowing the class frequencies). In order of time, then depth.
+            knowing the class frequencies), and `host` (that of the host itself, NaN if it is not
+            known). In order of time, then depth.
         """
+        return self._frame(self.rows)
+
+    def _frame(self, rows: Sequence[Row]) -> pd.DataFrame:
         depths = {tap.name: tap.depth for tap in self.taps}
         records = []
-        for row in self.rows:
+        for row in rows:
             low, high = math.nan, math.nan
-            if row.metric in _ERRORS:
+            if row.metric in ERRORS:
                 low, high = wilson_interval(row.value, row.n)
             extra = {"depth": depths[row.tap], "ci_low": low, "ci_high": high}
-            records.append({**dataclasses.asdict(row), **extra})
+            records.append({**vars(row), **extra})
         frame = pd.DataFrame.from_records(records, columns=list(COLUMNS))
         # pandas 3 would make NaN of the None of an unnamed target beside a named baseline.
-        frame["target"] = pd.Series([row.target for row in self.rows], frame.index, dtype=object)
+        frame["target"] = pd.Series([row.target for row in rows], frame.index, dtype=object)
         return frame.astype(dict.fromkeys((*_NUMBERS, "ci_low", "ci_high"), "float64"))
+
+    def measured(
+        self,
+        metric: str = "error",
+        *,
+        split: str | None = None,
+        epoch: int | None = None,
+        target: str | None = None,
+    ) -> pd.DataFrame:
+        """Returns what a split's latest measures were, one row a tap in graph order.
+
+        Args:
+            metric: Which measure.
+            split: `"train"`, `"validation"` or `"test"`; by default the last of these that was
+                measured.
+            epoch: Which epoch, from 0; by default the split's latest.
+            target: Which target or baseline; may be left out if there is only one target.
+
+        Returns:
+            A frame indexed by tap, with the other columns of `frame()`.
+
+        Raises:
+            ValueError: There are several targets and none is named, or nothing of this was
+                measured.
+        """
+        name = self.resolve_target(target)
+        rows = [
+            row
+            for row in self.rows
+            if row.target == name and row.metric == metric and epoch in (None, row.epoch)
+        ]
+        found = {row.split for row in rows}
+        wanted = split or next((s for s in reversed(SPLITS) if s in found), None)
+        # In order of time, so that the latest stays.
+        latest = {row.tap: row for row in rows if row.split == wanted}
+        if not latest:
+            of_target = [row for row in self.rows if row.target == name]
+            raise ValueError(
+                f"Nothing to show for metric={metric!r}, epoch={epoch!r}, target={target!r}"
+                + (f", split={split!r}" if split else "")
+                + f". Measured: metrics {_known(row.metric for row in of_target)}, epochs "
+                f"{_known(row.epoch for row in of_target)}, splits "
+                f"{_known(row.split for row in of_target)}."
+            )
+        taps = [tap.name for tap in self.taps if tap.name in latest]
+        return self._frame([latest[tap] for tap in taps]).set_index("tap")
+
+    @property
+    def targets(self) -> list[str | None]:
+        """The names of the targets, baselines left out; `[None]` of a single, unnamed one."""
+        names = dict.fromkeys(row.target for row in self.rows)
+        others = {name_of_baseline(baseline, name) for name in names for baseline in BASELINES}
+        return [name for name in names if name not in others]
+
+    def resolve_target(self, target: str | None) -> str | None:
+        """Returns the name of the target that is meant; `None` means the only one.
+
+        Raises:
+            ValueError: There are several and none is named, or it is unknown.
+        """
+        known, names = dict.fromkeys(row.target for row in self.rows), self.targets
+        if target is None and len(names) > 1:
+            raise ValueError(
+                f"There are several targets. Name one of {', '.join(map(repr, names))} as target=."
+            )
+        if target is not None and target not in known:
+            raise ValueError(
+                f"Unknown target. Received: target={target!r}. Measured: {list(known)}."
+            )
+        return target if target is not None else next(iter(names), None)
 
     def table(
         self, metric: str = "error", *, epoch: int | None = None, target: str | None = None
@@ -238,55 +342,41 @@ class ProbeResults:
             ValueError: There are several targets and none is named, or nothing of this metric,
                 epoch or target was measured.
         """
-        everything = self.frame()
-        frame = everything[self._one_target(everything, target)]
-        shown = frame[frame["metric"] == metric]
-        if epoch is not None:
-            shown = shown[shown["epoch"] == epoch]
-        if shown.empty:
-            raise ValueError(
-                f"Nothing to show for metric={metric!r}, epoch={epoch!r}, target={target!r}. "
-                f"Measured: metrics {_known(frame['metric'])}, epochs {_known(frame['epoch'])}."
-            )
-        latest = shown.groupby(["split", "tap"]).tail(1).set_index(["split", "tap"])
-        others = {
-            name: everything[
-                (everything["target"] == name_of_baseline(name, target))
-                & (everything["metric"] == metric)
-            ]
-            for name in BASELINES
-        }
-        table = pd.DataFrame(
-            [dataclasses.asdict(tap) for tap in self.taps],
-            columns=[field.name for field in dataclasses.fields(TapInfo)],
-        ).set_index("name")
-        table.index.name = "tap"
-        table["shape"] = [tap.shape_text for tap in self.taps]
-        table["nonfinite"] = 0
-        for split in SPLITS:
-            if split not in latest.index.get_level_values("split"):
-                continue
-            rows = latest.loc[split].reindex(table.index)
-            table[f"{split} {metric}"] = rows["value"]
-            if metric in _ERRORS:
-                table[f"{split} ±95%"] = (rows["ci_high"] - rows["ci_low"]) / 2
-            for baseline, other in others.items():
-                same = other[(other["split"] == split) & (other["epoch"] == rows["epoch"].max())]
-                values = same.drop_duplicates("tap", keep="last").set_index("tap")["value"]
-                if len(values) and baseline == "initial":
-                    table[f"{split} initial"] = values
-                elif len(values):
-                    table[f"{split} selectivity"] = values - rows["value"]
-            table["nonfinite"] += rows["nonfinite"].fillna(0).astype(int)
-            certificate = rows["certificate"]
-        if certificate.notna().any():
-            table = table.assign(certificate=certificate, converged=certificate <= CONVERGED)
-        of_fit = frame[frame["metric"].isin(_IN_TABLE)].groupby(["metric", "tap"]).tail(1)
-        for name, rows in of_fit.groupby("metric", sort=False):
-            values = rows.set_index("tap")["value"].reindex(table.index)
-            table[name] = values == 1.0 if name == "converged" else values
-        nonfinite = table.pop("nonfinite")
-        return table.assign(nonfinite=nonfinite) if nonfinite.any() else table
+        from keras_probes.view.table import table
+
+        return table(self, metric, epoch=epoch, target=target)
+
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draws error against depth, as the paper's figures 3 and 4b.
+
+        Args:
+            ax: The matplotlib Axes to draw into; a new one by default.
+            **options: `metric`, `split`, `epochs` and `target`, as for `view.plots.plot_depth`,
+                which has figures of curves over epochs and of both beside it.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: Nothing of this was measured.
+        """
+        from keras_probes.view.plots import plot_depth
+
+        return plot_depth(self, ax, **options)
+
+    def diagnose(self, *, target: str | None = None) -> "Findings":
+        """Says what is wrong with the host or its probes, with the numbers it rests on.
+
+        Args:
+            target: Which target; may be left out if there is only one.
+
+        Returns:
+            A list of findings, the worst first, as of `diagnose(results)`.
+        """
+        from keras_probes.view.diagnose import diagnose
+
+        return diagnose(self, target=target)
 
     def probe(self, tap: str, target: str | None = None) -> keras.Model:
         """Returns a tap's probe as a small Keras model.
@@ -340,59 +430,17 @@ class ProbeResults:
             )  # fmt: skip
         return self.probes[target, tap]
 
-    def _one_target(self, frame: pd.DataFrame, target: str | None) -> pd.Series:
-        known = list(dict.fromkeys(row.target for row in self.rows))
-        names = self._targets()
-        if target is None and len(names) > 1:
-            raise ValueError(
-                f"There are several targets. Name one of {', '.join(map(repr, names))} as target=."
-            )
-        if target is not None and target not in known:
-            raise ValueError(f"Unknown target. Received: target={target!r}. Measured: {known}.")
-        wanted = target if target is not None else next(iter(names), None)
-        return pd.Series([row.target == wanted for row in self.rows], frame.index, dtype=bool)
-
     def __str__(self) -> str:
         """The tables, as text."""
-        tables = self._tables()
-        if not tables:
-            return repr(self)
-        return "\n\n".join(
-            ("" if name is None else f"{name}\n")
-            + table.to_string(**_AS_TEXT)
-            + f"\n{self._without_features(name)}"
-            for name, table in tables.items()
-        )
+        from keras_probes.view.table import as_text
+
+        return as_text(self)
 
     def _repr_html_(self) -> str:
         """The tables, as notebooks show them."""
-        return "\n".join(
-            ("" if name is None else f"<h4>{html.escape(name)}</h4>\n")
-            + table.to_html(**_AS_TEXT)
-            + f"\n<p>{html.escape(self._without_features(name))}</p>"
-            for name, table in self._tables().items()
-        ) or html.escape(repr(self))
+        from keras_probes.view.table import as_html
 
-    def _without_features(self, target: str | None) -> str:
-        """What the measure in the table comes to for who sees no feature, as a sentence."""
-        metric = self.rows[0].metric
-        known = [row for row in self.rows if (row.target, row.metric) == (target, metric)]
-        last = known[-1]
-        return (
-            f"{last.split} {metric} without features: {last.majority:.4f} by class frequencies, "
-            f"{last.chance:.4f} by chance"
-        )
-
-    def _tables(self) -> dict[str | None, pd.DataFrame]:
-        """The table of each target, of the metric that was asked for first."""
-        metric = self.rows[0].metric if self.rows else ""
-        return {target: self.table(metric, target=target) for target in self._targets()}
-
-    def _targets(self) -> list[str | None]:
-        """The names of the targets that are no baselines."""
-        names = dict.fromkeys(row.target for row in self.rows)
-        others = {name_of_baseline(baseline, name) for name in names for baseline in BASELINES}
-        return [name for name in names if name not in others]
+        return as_html(self)
 
     def __repr__(self) -> str:
         epochs = len({row.epoch for row in self.rows})
@@ -430,6 +478,7 @@ class ProbeResults:
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
             "probes": [{"target": target, "tap": tap} for target, tap in self.probes],
             "reductions": self.reductions,
+            "graph": [dataclasses.asdict(node) for node in self.graph],
         }
         write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
         kept = {file["name"] for file in files.values()}
@@ -482,10 +531,11 @@ class ProbeResults:
             for place, key in enumerate(manifest["probes"]):
                 probe = Probe(arrays[f"kernel_{place}"], arrays[f"bias_{place}"])
                 probes[key["target"], key["tap"]] = probe
-        return cls(taps, rows, probes=probes, reductions=manifest["reductions"])
+        graph = map(Node.from_json, manifest["graph"])
+        return cls(taps, rows, probes=probes, reductions=manifest["reductions"], graph=graph)
 
 
-def _known(values: pd.Series) -> str:
+def _known(values: Iterable[Any]) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 

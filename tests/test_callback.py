@@ -54,7 +54,7 @@ def test_the_probes_learn(trained):
     _, probes, history = trained
     assert history["val_probe_error/input"][-1] < 0.15
     assert history["val_probe_error/conv"][-1] < 0.15
-    assert probes.results.table()["train error"].max() < 0.5
+    assert probes.results.table()["validation error"].max() < 0.5
 
 
 def test_validation_error_equals_one_recomputed_by_hand(digits, trained):
@@ -196,6 +196,21 @@ def test_the_progress_bar_stays_readable(digits, verbose):
     assert printed([LinearProbeCallback()]) == plain
 
 
+def test_a_fit_ends_in_a_line_for_each_layer(digits, capsys):
+    probes = LinearProbeCallback(["input", "dense"])
+    fit(digits, probes, verbose=2)
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0] == "validation error at each layer:"
+    errors = probes.results.table()["validation error"]
+    longest = max(errors)
+    for line, (tap, error) in zip(lines[1:], errors.items(), strict=True):
+        name, value, *bar = line.split()
+        assert (name, value) == (tap, f"{error:.4f}")
+        assert len("".join(bar)) == round(30 * error / longest)
+    fit(digits, probes)
+    assert "at each layer" not in capsys.readouterr().out
+
+
 def test_history_frame_and_files_agree(trained, tmp_path):
     _, probes, history = trained
     frame = probes.results.frame()
@@ -311,6 +326,31 @@ def test_a_dict_of_outputs(digits):
     assert probes.weights("hidden", "e")[0].shape == (12, 2)
     with pytest.raises(ValueError, match="keys 'digit', 'even'"):
         two_headed().fit(x, labels, callbacks=[LinearProbeCallback()], verbose=0)
+
+
+def test_the_hosts_own_error_stands_beside_that_of_the_probes(digits):
+    (x, y), validation = digits
+    host, probes = dense_net(), LinearProbeCallback("dense")
+    host.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    _, history = fit(digits, probes, host)
+    frame = probes.results.frame().set_index(["metric", "split"])
+    for split, key in (("train", "accuracy"), ("validation", "val_accuracy")):
+        expected = [1 - accuracy for accuracy in history.history[key]]
+        np.testing.assert_allclose(frame.loc[("error", split), "host"], expected)
+    assert frame.loc["loss", "host"].isna().all()
+
+    model, labels = two_headed(), {"digit": y, "even": 1 - y % 2}
+    losses = dict.fromkeys(labels, "sparse_categorical_crossentropy")
+    model.compile("adam", losses, metrics={"digit": ["accuracy"]})
+    probes = LinearProbeCallback(
+        "hidden",
+        target={"d": "digit", "e": "even", "same": lambda x, y: y["digit"]},
+        num_classes={"same": 10},
+    )
+    logs = model.fit(x, labels, callbacks=[probes], verbose=0).history
+    host = probes.results.frame().query("metric == 'error'").set_index("target")["host"]
+    assert host["d"] == pytest.approx(1 - logs["digit_accuracy"][0])
+    assert np.isnan(host[["e", "same"]]).all()
 
 
 def test_sample_weights_weigh_the_loss(digits):

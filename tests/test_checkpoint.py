@@ -49,6 +49,20 @@ def test_loaded_probes_evaluate_as_the_saved_ones(digits, trained, tmp_path):
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_loaded_probes_are_saved_again_before_they_have_seen_a_model(trained, tmp_path):
+    trained[1].save(tmp_path / "run.probes")
+    LinearProbeCallback.load(tmp_path / "run.probes").save(tmp_path / "copy.probes")
+    with (
+        zipfile.ZipFile(tmp_path / "run.probes") as one,
+        zipfile.ZipFile(tmp_path / "copy.probes") as other,
+    ):
+        assert one.namelist() == other.namelist()
+        for name in one.namelist():
+            if name.endswith(".json"):
+                assert json.loads(one.read(name)) == json.loads(other.read(name))
+    same_results(LinearProbeCallback.load(tmp_path / "copy.probes").results, trained[1].results)
+
+
 def test_loaded_probes_train_on(digits, trained, tmp_path):
     (x, y), _ = digits
     _, probes = trained

@@ -62,6 +62,14 @@ def test_results_hold_every_measure_of_every_tap_and_split(results, store):
     assert 0 < value(results, "input", "error", "test") < 0.5
 
 
+def test_results_have_the_graph_of_the_host(results, tmp_path):
+    names = [node.name for node in results.graph]
+    assert set(names) >= {tap.name for tap in results.taps}
+    assert all(set(node.inputs) <= set(names) for node in results.graph)
+    results.save(tmp_path)
+    assert ProbeResults.load(tmp_path).graph == results.graph
+
+
 def test_same_probe_as_scikit_learn(data, tmp_path):
     x, y = data
     train = extract(tmp_path / "train", (x[:300], y[:300]))

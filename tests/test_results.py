@@ -164,7 +164,7 @@ def test_save_and_load(tmp_path, targets):
     assert loaded.taps == results.taps
     pd.testing.assert_frame_equal(loaded.frame(), results.frame(), check_exact=True)
     # All but the numbers, which may be NaN and so differ from themselves.
-    numbers = dict.fromkeys(("value", "certificate", "majority", "chance"), 0)
+    numbers = dict.fromkeys(("value", "certificate", "majority", "chance", "host"), 0)
     assert [dataclasses.replace(r, **numbers) for r in loaded.rows] == [
         dataclasses.replace(r, **numbers) for r in results.rows
     ]

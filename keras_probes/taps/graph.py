@@ -67,6 +67,8 @@ class HostGraph:
             them X -> Y -> Z is a Markov chain, which is what orders them (paper, section 3.1).
         distinct: Names of the input and the layer outputs, one for each tensor: a nested model's
             output is that of its last layer.
+        same: By name of a tap, the first name of its tensor.
+        inputs: By first name, those of the tensors that it is computed from, no other tap between.
         calls: How often each layer is called.
         outputs: The structure that calling the host returns, of `tf.TensorSpec`.
         unread: By name, the layers that the host has and no probe can read, with the reason.
@@ -75,6 +77,8 @@ class HostGraph:
     taps: tuple[Tap, ...]
     auto: frozenset[str]
     distinct: frozenset[str]
+    same: Mapping[str, str]
+    inputs: Mapping[str, tuple[str, ...]]
     calls: Mapping[keras.Operation, int]
     outputs: Any
     unread: Mapping[str, str]
@@ -155,13 +159,19 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free:
 
     auto, distinct = set(), set()
     roots: set[int] = set()
-    known: set[int] = set()
+    # Layers first: a pre-activation may be the output of another layer.
+    by_role = sorted(taps, key=lambda tap: tap.site.role == "preactivation")
+    first = {id(seen[tap.site]): tap.name for tap in reversed(by_role)}
+    same = {tap.name: first[id(seen[tap.site])] for tap in taps}
+    above = flow.above(seen.values())
+    inputs = {
+        first[id(tensor)]: tuple(first[of] for of in above[id(tensor)]) for tensor in seen.values()
+    }
     for tap in taps:
         tensor = seen[tap.site]
         if tap.site.role == "preactivation":
             continue
-        if id(tensor) not in known:
-            known.add(id(tensor))
+        if same[tap.name] == tap.name:
             distinct.add(tap.name)
         if id(tensor) in cuts and _root(tensor) not in roots:
             roots.add(_root(tensor))
@@ -170,7 +180,9 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free:
         lambda t: tf.TensorSpec(_shape(t, free_sizes), t.dtype) if isinstance(t, tf.Tensor) else t,
         outputs,
     )
-    return HostGraph(taps, frozenset(auto), frozenset(distinct), recording.calls, specs, {})
+    return HostGraph(
+        taps, frozenset(auto), frozenset(distinct), same, inputs, recording.calls, specs, unread={}
+    )
 
 
 def _unread(operations: Iterable[keras.Operation], recording: Recording) -> dict[str, str]:
@@ -234,6 +246,17 @@ class _Flow:
                 if above:
                     depths.setdefault(id(tensor), max(above) + (id(tensor) in is_recorded))
         return depths
+
+    def above(self, recorded: Iterable[tf.Tensor]) -> dict[int, list[int]]:
+        """For each recorded tensor, those that it is computed from, none of them between."""
+        is_recorded = {id(t) for t in recorded}
+        nearest: dict[int, dict[int, None]] = {id(t): {} for t in self._sources}
+        for operation in self._operations:
+            for tensor in operation.outputs:
+                found = nearest.setdefault(id(tensor), {})
+                for t in self._above(tensor):
+                    found.update({id(t): None} if id(t) in is_recorded else nearest[id(t)])
+        return {key: list(nearest[key]) for key in is_recorded}
 
     def cut_points(self, output: tf.Tensor) -> set[int]:
         """The tensors that every path of data from the sources to `output` runs through.

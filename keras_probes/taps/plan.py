@@ -80,6 +80,26 @@ class TapPlan:
             for t in self.taps
         ]
 
+    def described_graph(self) -> list[dict[str, Any]]:
+        """Every layer of the host and every tap, in graph order: the fields of `results.Node`."""
+        taps = {tap.name: tap for tap in self.graph.taps}
+        names = {name: name for name in self.graph.inputs}  # by first name, the one that is shown
+        for name in reversed(self.n_features):
+            if self.graph.same[name] not in self.n_features:
+                names[self.graph.same[name]] = name
+        above = {names[name]: inputs for name, inputs in self.graph.inputs.items()}
+        for name in self.n_features:
+            above.setdefault(name, (self.graph.same[name],))  # a second name that is probed as well
+        return [
+            {
+                "name": name,
+                "layer": taps[name].layer_type,
+                "shape": (taps[name].shape or (None,))[1:],
+                "inputs": tuple(names[of] for of in above[name]),
+            }
+            for name in sorted(above, key=list(taps).index)
+        ]
+
     def layers(self) -> list[keras.Operation]:
         """The host and the layers to listen to while it runs, each once."""
         return list(dict.fromkeys([self.host, *(t.tap.site.layer for t in self.taps)]))

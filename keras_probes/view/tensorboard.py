@@ -1,22 +1,34 @@
-"""TensorBoard: writes each epoch's measures as scalars.
+"""TensorBoard: writes each epoch's measures as scalars, and what they look like.
 
 In: a `ProbeResults`. Out: event files, one run for each tap, so that TensorBoard's first page shows
-one chart a metric and split, with the curves of all taps in it, in depth order.
+one chart a metric and split, with the curves of all taps in it, in depth order; and one run with
+the table and the pictures of each epoch.
 """
 
+import html
+import io
 import os
 import re
+import shutil
+from importlib.util import find_spec
+from typing import Any
 
+import pandas as pd
 import tensorflow as tf
 
 from keras_probes.results import ProbeResults
+from keras_probes.view.graph import graph_of, rendered
+from keras_probes.view.plots import plot_depth
+
+_TOGETHER = "all layers"  # the run of what is about all of them
 
 
 class TensorBoardWriter:
-    """Writes results below a log directory, as `probes/<depth> <tap>`.
+    """Writes results below a log directory, as `probes/<depth> <tap>` and `probes/all layers`.
 
-    Tags are `probe_<metric>/<split>`, with a named target `probe_<target>_<metric>/<split>`; the
-    step is the epoch, as in Keras's own TensorBoard callback.
+    Tags are `probe_<metric>/<split>`, with a named target `probe_<target>_<metric>/<split>`. The
+    step is the epoch, as in Keras's own TensorBoard callback; where a further fit begins at an
+    epoch that was written before, it goes on from the last.
 
     Args:
         log_dir: The log directory; it may be that of Keras's callback.
@@ -34,15 +46,30 @@ class TensorBoardWriter:
             ) from error
         self._directory = os.path.join(os.fspath(log_dir), "probes")
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
+        self._last, self._ahead, self._begun = -1, 0, False
+
+    def begin(self) -> None:
+        """Says that another fit begins."""
+        self._begun = False
 
     def write(self, results: ProbeResults, epoch: int) -> None:
         """Writes all measures of `epoch` and flushes them to disk."""
         rows = [row for row in results.rows if row.epoch == epoch]
+        if not rows:
+            return
+        if not self._begun:
+            self._ahead, self._begun = max(0, self._last + 1 - epoch), True
+        self._last = step = epoch + self._ahead
         places = {tap.name: place for place, tap in enumerate(results.taps)}
         for row in rows:
             prefix = "probe" if row.target is None else f"probe_{row.target}"
-            with self._writer(row.tap, places[row.tap]).as_default():
-                tf.summary.scalar(f"{prefix}_{row.metric}/{row.split}", row.value, step=epoch)
+            # A slash would make a run of its own depth, and `..` leave the directory.
+            run = f"{places[row.tap]:03d} {re.sub(r'[^A-Za-z0-9_.#:-]', '_', row.tap)}"
+            with self._writer(run).as_default():
+                tf.summary.scalar(f"{prefix}_{row.metric}/{row.split}", row.value, step=step)
+        with self._writer(_TOGETHER).as_default():
+            for target in results.targets:
+                self._write_together(results, target, epoch, step)
         for writer in self._writers.values():
             writer.flush()
 
@@ -52,9 +79,52 @@ class TensorBoardWriter:
             writer.close()
         self._writers.clear()
 
-    def _writer(self, tap: str, place: int) -> tf.summary.SummaryWriter:
-        if tap not in self._writers:
-            # A slash would make a run of its own depth, and `..` leave the directory.
-            name = f"{place:03d} {re.sub(r'[^A-Za-z0-9_.#:-]', '_', tap)}"
-            self._writers[tap] = tf.summary.create_file_writer(os.path.join(self._directory, name))
-        return self._writers[tap]
+    def _write_together(
+        self, results: ProbeResults, target: str | None, epoch: int, step: int
+    ) -> None:
+        """The table, the errors by depth and the coloured graph, with the measure asked for first.
+
+        Pictures are left out where what draws them is not installed.
+        """
+        metric = next(row.metric for row in results.rows if row.target == target)
+        name = f"probe_{metric}" if target is None else f"probe_{target}_{metric}"
+        table = results.table(metric, epoch=epoch, target=target)
+        tf.summary.text(f"{name}/table", _markdown(table), step=step)
+        asked: dict[str, Any] = {"metric": metric, "epoch": epoch, "target": target}
+        if find_spec("matplotlib") is None:
+            return
+        curve = _depth_curve(results, metric=metric, epochs=[epoch], target=target)
+        tf.summary.image(f"{name}/depth", _image(curve), step=step)
+        if shutil.which("dot") and find_spec("pydot") and results.graph:
+            graph = graph_of(results, condensed=True, **asked)
+            tf.summary.image(f"{name}/graph", _image(rendered(graph, "png")), step=step)
+
+    def _writer(self, run: str) -> tf.summary.SummaryWriter:
+        if run not in self._writers:
+            directory = os.path.join(self._directory, run)
+            self._writers[run] = tf.summary.create_file_writer(directory)
+        return self._writers[run]
+
+
+def _depth_curve(results: ProbeResults, **asked: Any) -> bytes:
+    from matplotlib.figure import Figure  # not pyplot: a fit may run where there is no screen
+
+    size = max(5.0, 2.0 + 0.22 * len(results.taps)), 4.2
+    figure, png = Figure(figsize=size, layout="constrained"), io.BytesIO()
+    plot_depth(results, figure.add_subplot(), **asked)
+    figure.savefig(png, dpi=100)
+    return png.getvalue()
+
+
+def _image(png: bytes) -> tf.Tensor:
+    return tf.image.decode_png(png, channels=4)[None]
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A table as TensorBoard's text takes it; names are escaped, and so are bars."""
+    shown = table.reset_index().map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else cell)
+    lines = [list(shown.columns), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
+    return "\n".join(
+        "| " + " | ".join(html.escape(str(c)).replace("|", "&#124;") for c in line) + " |"
+        for line in lines
+    )

@@ -14,7 +14,7 @@ from hosts import compiled
 import keras_probes
 
 ROOT = pathlib.Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def code_blocks(path: pathlib.Path) -> list[str]:
@@ -79,7 +79,7 @@ def test_the_example_ends_in_the_table_and_the_files(tmp_path):
     }
     # Figure 3: random features already separate the digits better than pixels do.
     assert errors["conv2_postpool"] < errors["input"] < 0.15
-    for name in ("after/probes.json", "before/probes.json", "errors.csv", "logs"):
+    for name in ("after/probes.json", "before/probes.json", "errors.csv", "errors.png", "logs"):
         assert (tmp_path / "out" / name).exists()
 
 

@@ -229,6 +229,18 @@ def test_saving_cloning_pickling_and_copying(digits, tmp_path, mode):
     use()
 
 
+def test_a_plain_fit_takes_off_what_is_left_after_an_exception_and_compile(digits, mode):
+    host = compiled(dense_net())
+    names = {layer: set(of_layer) for layer, of_layer in state_of(host).items()}
+    stop = Stop("on_train_batch_end", RuntimeError())
+    with pytest.raises(RuntimeError):
+        fit(host, digits, LinearProbeCallback("dense", mode=mode), stop)
+    compiled(host)
+    fit(host, digits)
+    left = {"train_function", "test_function"}
+    assert {layer: set(of_layer) - left for layer, of_layer in state_of(host).items()} == names
+
+
 @pytest.mark.slow
 def test_exporting(digits, tmp_path):
     x = digits[1][0]

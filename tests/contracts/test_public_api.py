@@ -23,8 +23,10 @@ def test_names():
         "RandomFeatures",
         "SpatialPool",
         "Token",
+        "diagnose",
         "extract_features",
         "fit_probes",
+        "plot_probed_model",
     ]
     assert all(hasattr(keras_probes, name) for name in keras_probes.__all__)
 

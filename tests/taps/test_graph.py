@@ -40,6 +40,44 @@ def test_cut_points_of_a_residual_model():
     assert depths(graph)["add"] == 5  # along the longer branch
 
 
+def test_what_each_tap_is_computed_from():
+    graph = graph_of(residual_model())
+    assert graph.inputs == {
+        "input": (),
+        "stem": ("input",),
+        "branch1:preactivation": ("stem",),
+        "branch1": ("branch1:preactivation",),
+        "branch2": ("branch1",),
+        "add": ("stem", "branch2"),
+        "pool": ("add",),
+        "head": ("pool",),
+    }
+
+
+def test_edges_are_those_of_keras():
+    model = keras.applications.ResNet50(weights=None, input_shape=(64, 64, 3), classes=10)
+    graph = graph_of(model)
+    for layer in model.layers[1:]:
+        above = [t._keras_history.operation for t in layer._inbound_nodes[0].input_tensors]
+        expected = ["input" if op is model.layers[0] else op.name for op in above]
+        (found,) = {graph.inputs[layer.name]} if layer.name in graph.inputs else ((),)
+        found = [
+            of
+            for name in found
+            for of in (graph.inputs[name] if name.endswith(":preactivation") else [name])
+        ]
+        assert sorted(found) == sorted(expected)
+
+
+def test_a_tensor_with_several_names_has_the_first_one():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="last")], name="inner")
+    x = inputs = keras.Input((4,))
+    x = layers.Dropout(0.5, name="drop")(inner(x))
+    graph = graph_of(keras.Model(inputs, layers.Dense(2, name="head")(x)))
+    assert graph.same["inner"] == graph.same["drop"] == graph.same["inner/last"] == "inner/last"
+    assert graph.inputs["head"] == ("inner/last",)
+
+
 def test_resnet50_probes_what_the_paper_probes():
     model = keras.applications.ResNet50(weights=None, input_shape=(64, 64, 3), classes=10)
     graph = graph_of(model)

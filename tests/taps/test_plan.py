@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from hosts import activations, convnet
+from keras import layers
 
 from keras_probes import GlobalAverage, RandomFeatures
 from keras_probes.taps.graph import call_at_inference, input_spec_of
@@ -50,6 +51,24 @@ def test_a_tap_the_step_does_not_compute():
     plan = plan_of(convnet(), ["conv", "pool"])
     with pytest.raises(ValueError, match=r"'conv'.*Leave it out"):
         plan.features(Recording())
+
+
+def test_the_graph_shows_a_tensor_by_the_name_that_is_probed():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="last")], name="inner")
+    x = inputs = keras.Input((4,))
+    x = layers.Dropout(0.5, name="drop")(inner(x))
+    host = keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+    def graph(*taps):
+        nodes = plan_of(host, list(taps)).described_graph()
+        return {node["name"]: node["inputs"] for node in nodes}
+
+    assert graph("head") == {"input": (), "inner/last": ("input",), "head": ("inner/last",)}
+    assert graph("inner") == {"input": (), "inner": ("input",), "head": ("inner",)}
+    assert graph("inner", "drop")["drop"] == ("inner",)
+    assert graph("inner", "inner/last") == {
+        "input": (), "inner/last": ("input",), "inner": ("inner/last",), "head": ("inner/last",)
+    }  # fmt: skip
 
 
 def test_a_glob_that_fits_no_tap():

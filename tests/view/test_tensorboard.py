@@ -1,15 +1,26 @@
 """Event files, read back by TensorBoard's own reader."""
 
+import json
 import pathlib
+import re
+import shutil
+import subprocess
 import sys
+import time
+import urllib.parse
+import urllib.request
 
 import keras
 import pytest
 import tensorflow as tf
 from hosts import compiled, dense_net
+from made import results_of
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from keras_probes import LinearProbeCallback
+from keras_probes.view.tensorboard import TensorBoardWriter
+
+RUNS = ["probes/000 input", "probes/001 dense:preactivation"]
 
 
 def read(log_dir):
@@ -39,8 +50,8 @@ def test_each_tap_is_a_run_and_each_measure_a_tag(digits, tmp_path):
     probes = LinearProbeCallback(["input", "dense:preactivation"], log_dir=tmp_path)
     history = fit(digits, tmp_path, probes)
     runs = read(tmp_path)
-    assert sorted(runs) == ["probes/000 input", "probes/001 dense:preactivation"]
-    for run, tap in zip(sorted(runs), ("input", "dense:preactivation"), strict=True):
+    assert sorted(runs) == [*RUNS, "probes/all layers"]
+    for run, tap in zip(RUNS, ("input", "dense:preactivation"), strict=True):
         for split, prefix in (("train", ""), ("validation", "val_")):
             for metric in ("error", "loss"):
                 logged = runs[run][f"probe_{metric}/{split}"]
@@ -49,11 +60,44 @@ def test_each_tap_is_a_run_and_each_measure_a_tag(digits, tmp_path):
                 assert [float(value) for _, value in logged] == pytest.approx(expected, rel=1e-6)
 
 
+def test_table_curve_and_graph_of_each_epoch(digits, tmp_path):
+    probes = LinearProbeCallback(["input", "dense:preactivation"], log_dir=tmp_path)
+    fit(digits, tmp_path, probes)
+    run = read(tmp_path)["probes/all layers"]
+    pictures = {"probe_error/depth", "probe_error/graph"} if shutil.which("dot") else {
+        "probe_error/depth"
+    }  # fmt: skip
+    assert set(run) == {"probe_error/table", *pictures}
+    assert all([step for step, _ in events] == [0, 1, 2] for events in run.values())
+    for name in pictures:
+        width, height, png = run[name][-1][1]
+        assert tf.io.decode_png(png).shape[:2] == (int(height), int(width))
+        assert min(int(width), int(height)) > 100
+    (text,) = run["probe_error/table"][1][1].ravel()
+    error = probes.results.table(epoch=1)["validation error"]["input"]
+    assert f"| {error:.4g} |" in text.decode().splitlines()[2]
+
+
+def test_names_in_the_table_are_escaped(tmp_path):
+    TensorBoardWriter(tmp_path).write(results_of({"input": 0.5, "a|<script>": 0.1}), 0)
+    (text,) = read(tmp_path)["probes/all layers"]["probe_error/table"][0][1].ravel()
+    assert "a&#124;&lt;script&gt;" in text.decode()
+
+
+def test_steps_go_on_over_several_fits(digits, tmp_path):
+    probes, model = LinearProbeCallback("input", log_dir=tmp_path), compiled(dense_net())
+    fit(digits, tmp_path, probes, model=model)  # epochs 0, 1, 2
+    fit(digits, tmp_path, probes, model=model)
+    fit(digits, tmp_path, probes, model=model, initial_epoch=2)
+    logged = read(tmp_path)["probes/000 input"]["probe_error/validation"]
+    assert [step for step, _ in logged] == list(range(7))
+
+
 def test_beside_kerass_own_callback(digits, tmp_path):
     keras_own = keras.callbacks.TensorBoard(tmp_path)
     fit(digits, tmp_path, keras_own, LinearProbeCallback("input", log_dir=tmp_path))
     runs = read(tmp_path)
-    assert set(runs) == {"train", "validation", "probes/000 input"}
+    assert set(runs) == {"train", "validation", "probes/000 input", "probes/all layers"}
     assert "epoch_loss" in runs["train"]
 
 
@@ -61,6 +105,58 @@ def test_targets_have_tags_of_their_own(digits, tmp_path):
     probes = LinearProbeCallback("input", target={"digit": None}, log_dir=tmp_path)
     fit(digits, tmp_path, probes)
     assert "probe_digit_error/validation" in read(tmp_path)["probes/000 input"]
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A TensorBoard of `tmp_path`; asks it for a page, as JSON."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", tmp_path, "--port", "0"]
+    command += ["--load_fast", "false", "--reload_interval", "1"]
+
+    def ask(page, wait=60, **query):
+        address = f"{at[0]}{page}?{urllib.parse.urlencode(query)}"
+        for _ in range(wait):
+            with urllib.request.urlopen(address) as response:
+                found = json.load(response)
+            if found:
+                return found
+            time.sleep(1)  # it reads the files in the background
+        raise AssertionError(f"nothing at {page}")
+
+    at = []
+
+    def start():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)  # fmt: skip
+        started.append(process)
+        for line in process.stdout:
+            if found := re.search(r"http://\S+", line):
+                at.append(found[0])
+                return ask
+        raise AssertionError("TensorBoard did not start")
+
+    started = []
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_real_tensorboard_serves_all_curves_table_and_pictures(digits, tmp_path, served):
+    probes = LinearProbeCallback(["input", "dense:preactivation"], log_dir=tmp_path)
+    history = fit(digits, tmp_path, probes)
+    ask = served()
+    tags = ask("data/plugin/scalars/tags")
+    measures = {f"probe_{m}/{s}" for m in ("error", "loss") for s in ("train", "validation")}
+    for run, tap in zip(RUNS, ("input", "dense:preactivation"), strict=True):
+        assert measures <= set(tags[run])
+        curve = ask("data/plugin/scalars/scalars", run=run, tag="probe_error/validation")
+        assert [step for _, step, _ in curve] == [0, 1, 2]
+        expected = history[f"val_probe_error/{tap}"]
+        assert [value for _, _, value in curve] == pytest.approx(expected, rel=1e-6)
+    assert "probe_error/depth" in ask("data/plugin/images/tags")["probes/all layers"]
+    assert "probe_error/table" in ask("data/plugin/text/tags")["probes/all layers"]
 
 
 @pytest.mark.parametrize("name", ["..", "a..b", "a>b"])
@@ -74,7 +170,7 @@ def test_layer_names_stay_within_the_directory(digits, tmp_path, name):
     )
     log_dir = tmp_path / "logs"
     fit(digits, log_dir, LinearProbeCallback(log_dir=log_dir), model=compiled(model))
-    assert len(read(log_dir)) == 2
+    assert len(read(log_dir)) == 3
     assert [p.name for p in tmp_path.iterdir()] == ["logs"]
     assert {p.name for p in pathlib.Path(log_dir).iterdir()} == {"probes"}
 

@@ -1,0 +1,266 @@
+"""Figures: error against depth, over epochs, and both at once.
+
+In: a `ProbeResults`. Out: matplotlib Axes. Each takes `ax=` to draw into, and is wide enough for
+its layers where it makes its own.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keras_probes.results import ProbeResults
+from keras_probes.view.layout import Layout, layout_of, thinned
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+APART = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart likewise (Okabe & Ito 2008)
+COLORS = "viridis"  # of depth and time: in order, and told apart by the colour-blind
+MOST_LABELS = 45  # on an axis; more are not legible
+MOST_IN_LEGEND = 12
+NEAR = 0.6  # times a level is to be below some layer's error: else it is not worth the space
+
+
+def plot_depth(
+    results: ProbeResults,
+    ax: "Axes | None" = None,
+    *,
+    metric: str = "error",
+    split: str | None = None,
+    epochs: Sequence[int] | None = None,
+    target: str | None = None,
+    label: str | None = None,
+) -> "Axes":
+    """Draws a measure against depth, with 95% intervals of errors (paper, figures 3 and 4b).
+
+    Layers follow each other from left to right along the host's graph; parallel branches stand
+    beside each other, at the same place, each on a line of its own.
+
+    Args:
+        results: What probes measured.
+        ax: Where to draw; by default a new figure, wide enough for the names.
+        metric: Which measure.
+        split: Which split; by default the last measured of train, validation and test.
+        epochs: Which moments, from 0, such as the first and the last; by default the latest alone.
+        target: Which target; may be left out if there is only one.
+        label: What to call it in the legend; by default the epoch. Results that are drawn into the
+            same `ax`, one after the other, have colours of their own.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: Nothing of this was measured.
+    """
+    layout = layout_of(results)
+    wanted: list[int | None] = list(epochs) if epochs is not None else [None]
+    frames = [results.measured(metric, split=split, epoch=epoch, target=target) for epoch in wanted]
+    names = _names_by_column(layout)
+    ax = ax or _new_axes(width=max(5.0, 2.0 + 0.22 * len(names)), height=4.2)
+    alone = APART[len(ax.containers) % len(APART)]
+    colors = [alone] if len(frames) == 1 else list(_colors(len(frames)))
+    for frame, color in zip(frames, colors, strict=True):
+        name = f"epoch {frame['epoch'].iloc[-1] + 1}"
+        named = f"{label}, {name}" if label and len(frames) > 1 else label or name
+        _draw_moment(ax, frame, layout, color, named)
+    last, split = frames[-1], frames[-1]["split"].iloc[-1]
+    highest = max(frame["value"].max() for frame in frames)
+    levels = (("host", "the model itself", "--", colors[-1]), ("majority", "guessing", ":", "0.35"))
+    for column, name, style, color in levels:
+        if NEAR * last[column].iloc[-1] < highest:
+            _level(ax, last[column].iloc[-1], name, linestyle=style, color=color)
+    shown = thinned(len(names), MOST_LABELS)
+    ax.set_xticks(shown, [names[place] for place in shown], rotation=90, fontsize=8)
+    ax.set_xlim(-0.5, len(names) - 0.5)
+    ax.set_ylabel(f"{split} {_in_words(metric)}")
+    ax.set_title(_title(results, target))
+    ax.grid(axis="y", color="0.9")
+    ax.set_axisbelow(True)
+    if ax.get_legend_handles_labels()[1][1:]:
+        ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def _draw_moment(ax: "Axes", frame: "pd.DataFrame", layout: Layout, color: Any, label: str) -> None:
+    for above, tap in layout.edges:
+        if above in frame.index and tap in frame.index:
+            places = [layout.columns[above], layout.columns[tap]]
+            ax.plot(places, frame.loc[[above, tap], "value"], color=color, linewidth=1.5)
+    places = [layout.columns[tap] for tap in frame.index]
+    value = frame["value"].to_numpy()
+    interval = [value - frame["ci_low"], frame["ci_high"] - value]
+    known = frame["ci_low"].notna().any()
+    ax.errorbar(
+        places, value, yerr=interval if known else None, fmt="o", markersize=4,
+        color=color, ecolor=color, elinewidth=1, capsize=2, label=label,
+    )  # fmt: skip
+
+
+def plot_curves(
+    results: ProbeResults,
+    ax: "Axes | None" = None,
+    *,
+    metric: str = "error",
+    split: str | None = None,
+    target: str | None = None,
+) -> "Axes":
+    """Draws a measure over epochs, a curve a layer, coloured by depth.
+
+    Args:
+        results: What probes measured.
+        ax: Where to draw; by default a new figure.
+        metric: Which measure.
+        split: Which split; by default the last measured of train, validation and test.
+        target: Which target; may be left out if there is only one.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: Nothing of this was measured.
+    """
+    values, host, split = _over_epochs(results, metric, split, target)
+    ax = ax or _new_axes(width=7.5, height=4.2)
+    colors = _colors(len(values))
+    epochs = values.columns.to_numpy(int) + 1
+    for (tap, of_tap), color in zip(values.iterrows(), colors, strict=True):
+        ax.plot(epochs, of_tap, color=color, label=tap, linewidth=1.5, **_point(epochs))
+    if host.notna().any():
+        ax.plot(epochs, host, "--", color="0.35", label="the model itself", **_point(epochs))
+    if len(values) <= MOST_IN_LEGEND:
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        _depth_key(ax, list(values.index))
+    _epoch_axis(ax)
+    ax.set_ylabel(f"{split} {_in_words(metric)}")
+    ax.set_title(_title(results, target))
+    ax.grid(color="0.9")
+    ax.set_axisbelow(True)
+    return ax
+
+
+def plot_heatmap(
+    results: ProbeResults,
+    ax: "Axes | None" = None,
+    *,
+    metric: str = "error",
+    split: str | None = None,
+    target: str | None = None,
+) -> "Axes":
+    """Draws a measure over depth and epochs at once, the input at the bottom.
+
+    Args:
+        results: What probes measured.
+        ax: Where to draw; by default a new figure, high enough for the names.
+        metric: Which measure.
+        split: Which split; by default the last measured of train, validation and test.
+        target: Which target; may be left out if there is only one.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: Nothing of this was measured.
+    """
+    values, _, split = _over_epochs(results, metric, split, target)
+    height = float(np.clip(1.2 + 0.2 * len(values), 3.0, 12.0))
+    ax = ax or _new_axes(width=7.0, height=height)
+    epochs = values.columns.to_numpy(int)
+    edges = np.append(epochs + 0.5, epochs[-1] + 1.5)
+    places = np.arange(len(values) + 1) - 0.5
+    mesh = ax.pcolormesh(edges, places, values.to_numpy(), cmap=COLORS)
+    shown = thinned(len(values), MOST_LABELS)
+    ax.set_yticks(shown, [values.index[place] for place in shown], fontsize=8)
+    _epoch_axis(ax)
+    ax.set_title(_title(results, target))
+    bar = ax.figure.colorbar(mesh, ax=ax)
+    bar.set_label(f"{split} {_in_words(metric)}")
+    return ax
+
+
+def _over_epochs(
+    results: ProbeResults, metric: str, split: str | None, target: str | None
+) -> tuple["pd.DataFrame", "pd.Series", str]:
+    """A row a tap and a column an epoch; the host's measure by epoch; the split."""
+    import pandas as pd
+
+    first = results.measured(metric, split=split, target=target)
+    split, target = first["split"].iloc[-1], results.resolve_target(target)
+    rows = [
+        row
+        for row in results.rows
+        if (row.metric, row.split, row.target) == (metric, split, target)
+    ]
+    values = pd.DataFrame({"tap": r.tap, "epoch": r.epoch, "value": r.value} for r in rows)
+    table = values.pivot_table(index="tap", columns="epoch", values="value", aggfunc="last")
+    host = pd.Series({row.epoch: row.host for row in rows}).reindex(table.columns)
+    return table.reindex(first.index), host, split
+
+
+def _new_axes(width: float, height: float) -> "Axes":
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            'Figures need matplotlib. Install it with: pip install "keras_probes[view]"'
+        ) from error
+    return plt.subplots(figsize=(min(width, 16.0), height), layout="constrained")[1]
+
+
+def _names_by_column(layout: Layout) -> list[str]:
+    """What stands below each place of the axis: the names of the taps there."""
+    names: list[list[str]] = [[] for _ in range(max(layout.columns.values(), default=-1) + 1)]
+    for tap, column in layout.columns.items():
+        names[column].append(tap)
+    return [" | ".join(of_column) for of_column in names]
+
+
+def _level(ax: "Axes", value: float, label: str, **line: Any) -> None:
+    """A line across, of those that the legend has once."""
+    known = label in ax.get_legend_handles_labels()[1]
+    ax.axhline(value, linewidth=1.2, label="" if known else label, **line)
+
+
+def _colors(count: int) -> np.ndarray:
+    import matplotlib
+
+    return matplotlib.colormaps[COLORS](np.linspace(0, 0.9, count) if count > 1 else [0.35])
+
+
+def _depth_key(ax: "Axes", names: list[str]) -> None:
+    """A colour bar from the first layer to the last, where a legend would be too long."""
+    import matplotlib
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colors = ListedColormap(_colors(len(names)))
+    scale = matplotlib.cm.ScalarMappable(Normalize(-0.5, len(names) - 0.5), colors)
+    places = thinned(len(names), MOST_IN_LEGEND)
+    bar = ax.figure.colorbar(scale, ax=ax, ticks=places)
+    bar.ax.set_yticklabels([names[place] for place in places], fontsize=8)
+    bar.ax.invert_yaxis()
+
+
+def _epoch_axis(ax: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("epoch")
+
+
+def _point(epochs: Any) -> dict[str, Any]:
+    """How to mark a curve of a single point, which has no line."""
+    return {"marker": "o"} if len(epochs) == 1 else {}
+
+
+def _in_words(metric: str) -> str:
+    return {"loss": "loss, nats"}.get(metric, metric.replace("_", " "))
+
+
+def _title(results: ProbeResults, target: str | None) -> str:
+    name = results.resolve_target(target)
+    return "" if name is None else str(name)

@@ -1,0 +1,138 @@
+"""The table: one row a tap, in graph order, as a frame, as text and for notebooks.
+
+In: a `ProbeResults`. Out: as the paper's table 4a, with what the numbers rest on.
+"""
+
+import dataclasses
+import html
+import math
+from typing import Any
+
+import pandas as pd
+
+from keras_probes.results import (
+    BASELINES,
+    ERRORS,
+    SPLITS,
+    ProbeResults,
+    TapInfo,
+    name_of_baseline,
+)
+from keras_probes.view.layout import thinned
+
+CONVERGED = 1e-2  # nats; of a probe that trained online
+BAR = 30  # characters
+MOST_BARS = 40
+_OF_FIT = ("l2", "converged", "code_length")  # metrics that a probe has once
+_AS_TEXT: dict[str, Any] = {
+    "float_format": "{:.4f}".format,
+    "formatters": {"l2": "{:.0e}".format, "certificate": "{:.0e}".format},
+}
+
+
+def table(
+    results: ProbeResults, metric: str, *, epoch: int | None = None, target: str | None = None
+) -> pd.DataFrame:
+    """Returns what `ProbeResults.table` says."""
+    shown = results.measured(metric, epoch=epoch, target=target)  # raises where there is nothing
+    name = results.resolve_target(target)
+    table = pd.DataFrame(
+        [dataclasses.asdict(tap) for tap in results.taps],
+        columns=[field.name for field in dataclasses.fields(TapInfo)],
+    ).set_index("name")
+    table.index.name = "tap"
+    table["shape"] = [tap.shape_text for tap in results.taps]
+    known = {
+        (row.split, row.target)
+        for row in results.rows
+        if row.metric == metric and epoch in (None, row.epoch)
+    }
+    nonfinite = pd.Series(0, table.index)
+    for split in SPLITS:
+        if (split, name) not in known:
+            continue
+        rows = results.measured(metric, split=split, epoch=epoch, target=name)
+        table[f"{split} {metric}"] = rows["value"]
+        if metric in ERRORS:
+            table[f"{split} ±95%"] = (rows["ci_high"] - rows["ci_low"]) / 2
+        for baseline in BASELINES:
+            other = name_of_baseline(baseline, name)
+            if (split, other) not in known:
+                continue
+            latest = int(rows["epoch"].max())
+            values = results.measured(metric, split=split, epoch=latest, target=other)["value"]
+            is_initial = baseline == "initial"
+            column = "initial" if is_initial else "selectivity"
+            table[f"{split} {column}"] = values if is_initial else values - rows["value"]
+        nonfinite = nonfinite.add(rows["nonfinite"], fill_value=0).astype(int)
+    if shown["certificate"].notna().any():
+        certificate = shown["certificate"].reindex(table.index)
+        table = table.assign(certificate=certificate, converged=certificate <= CONVERGED)
+    for once in _OF_FIT:
+        of_tap = {r.tap: r.value for r in results.rows if (r.metric, r.target) == (once, name)}
+        if of_tap:
+            values = pd.Series(of_tap).reindex(table.index)
+            table[once] = values == 1.0 if once == "converged" else values
+    return table.assign(nonfinite=nonfinite) if nonfinite.any() else table
+
+
+def as_text(results: ProbeResults) -> str:
+    """The table of each target, of the metric that was asked for first."""
+    if not results.rows:
+        return repr(results)
+    return "\n\n".join(
+        ("" if target is None else f"{target}\n")
+        + results.table(_metric(results), target=target).to_string(**_AS_TEXT)
+        + f"\n{_without_features(results, target)}"
+        for target in results.targets
+    )
+
+
+def as_bars(results: ProbeResults) -> str:
+    """A line a layer with a bar, for the terminal: the latest measure, of the one asked for first.
+
+    Of very many layers, some are shown, the first and the last among them.
+    """
+    return "\n\n".join(_bars(results, target) for target in results.targets)
+
+
+def _bars(results: ProbeResults, target: str | None) -> str:
+    metric = _metric(results)
+    measured = results.measured(metric, target=target)
+    shown = measured["value"].iloc[thinned(len(measured), MOST_BARS)]
+    title = f"{measured['split'].iloc[0]} {metric.replace('_', ' ')} at each layer"
+    if len(shown) < len(measured):
+        title += f" ({len(shown)} of {len(measured)})"
+    width, most = max(map(len, shown.index)), shown.max()
+    lines = [f"{title}:" if target is None else f"{target}, {title}:"]
+    for tap, value in shown.items():
+        known = math.isfinite(value) and most > 0
+        bar = "#" * round(BAR * value / most) if known else ""
+        lines.append(f"  {tap:{width}}  {value:.4f}  {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def as_html(results: ProbeResults) -> str:
+    """The same for notebooks."""
+    if not results.rows:
+        return html.escape(repr(results))
+    return "\n".join(
+        ("" if target is None else f"<h4>{html.escape(target)}</h4>\n")
+        + results.table(_metric(results), target=target).to_html(**_AS_TEXT)
+        + f"\n<p>{html.escape(_without_features(results, target))}</p>"
+        for target in results.targets
+    )
+
+
+def _metric(results: ProbeResults) -> str:
+    return results.rows[0].metric
+
+
+def _without_features(results: ProbeResults, target: str | None) -> str:
+    """What the measure in the table comes to for who sees no feature, as a sentence."""
+    metric = _metric(results)
+    last = [row for row in results.rows if (row.target, row.metric) == (target, metric)][-1]
+    return (
+        f"{last.split} {metric} without features: {last.majority:.4f} by class frequencies, "
+        f"{last.chance:.4f} by chance"
+    )

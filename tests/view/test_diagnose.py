@@ -1,0 +1,174 @@
+"""Each check: where it fires, where it stays silent, where it does not apply."""
+
+import itertools
+import pathlib
+
+import numpy as np
+import pytest
+from made import results_of
+from scipy.stats import binomtest, kendalltau, norm
+from sklearn.utils import check_random_state
+
+from keras_probes import diagnose
+from keras_probes.view.diagnose import ALPHA, CHECKS, _holm, _kendall, _p_above
+
+HEALTHY = {f"layer{place}": error for place, error in enumerate([0.5, 0.4, 0.3, 0.2, 0.1, 0.05])}
+
+
+def codes(results):
+    return {finding.code for finding in diagnose(results)}
+
+
+def test_a_healthy_network_has_no_findings():
+    assert diagnose(results_of(HEALTHY)) == []
+    assert str(diagnose(results_of(HEALTHY))) == "nothing found"
+
+
+# The pathological network: a skip from the input over the first half.
+BYPASSED = {"input": 0.1, **{f"a{k}": 0.3 + 0.1 * k for k in range(5)}, "add": 0.1,
+            "b0": 0.08, "b1": 0.05, "b2": 0.03}  # fmt: skip
+SKIP = {"input": (), "a0": ("input",), "a1": ("a0",), "a2": ("a1",), "a3": ("a2",), "a4": ("a3",),
+        "add": ("input", "a4"), "b0": ("add",), "b1": ("b0",), "b2": ("b1",)}  # fmt: skip
+
+
+def test_a_segment_that_is_bypassed_is_dead():
+    (finding,) = [f for f in diagnose(results_of(BYPASSED, inputs=SKIP)) if f.code == "KP001"]
+    assert finding.taps == ("a0", "a1", "a2", "a3", "a4")
+    assert finding.numbers["before"] == finding.numbers["after"] == 0.1
+    assert (finding.numbers["least"], finding.numbers["most"]) == pytest.approx((0.3, 0.7))
+    assert "0.700" in finding.text
+    assert "skip connection" in finding.advice
+
+
+def test_layers_that_guess_are_dead_while_others_learn():
+    errors = {"input": 0.1, "a": 0.89, "b": 0.9, "c": 0.91}
+    (finding,) = [f for f in diagnose(results_of(errors)) if f.code == "KP001"]
+    assert finding.taps == ("a", "b", "c")
+    assert "saturated" in finding.advice
+    assert "KP001" not in codes(results_of(dict.fromkeys(errors, 0.9)))  # nothing learns
+    assert "KP001" not in codes(results_of(errors, n=30))  # who knows
+
+
+def test_a_rise_is_found_between_two_layers_if_it_is_no_chance():
+    errors = {**HEALTHY, "layer4": 0.3}
+    (finding,) = [f for f in diagnose(results_of(errors)) if f.code == "KP002"]
+    assert finding.taps == ("layer3", "layer4")
+    assert finding.numbers["p"] < 1e-6
+    assert "KP002" not in codes(results_of(errors, n=30))
+    assert "KP002" in diagnose(results_of({"input": 0.4})).not_applicable
+
+
+def test_a_plateau_needs_enough_examples():
+    errors = {"input": 0.3, "a": 0.1, "b": 0.1, "c": 0.105, "d": 0.1, "e": 0.02}
+    (finding,) = [f for f in diagnose(results_of(errors, n=10000)) if f.code == "KP003"]
+    assert finding.taps == ("b", "c", "d")
+    few = diagnose(results_of(errors, n=100))
+    assert "100 examples" in few.not_applicable["KP003"]
+    assert "KP003" not in codes(results_of(HEALTHY, n=10000))
+
+
+def test_accuracy_that_falls_towards_the_head():
+    errors = {"input": 0.5, "a": 0.2, "b": 0.1, "c": 0.15, "d": 0.2}
+    (finding,) = [f for f in diagnose(results_of(errors)) if f.code == "KP004"]
+    assert finding.taps == ("b", "c", "d")
+    assert "KP004" not in codes(results_of(errors, n=50))
+    assert "KP004" in diagnose(results_of({"input": 0.4, "a": 0.3})).not_applicable
+
+
+def with_training(errors, train, **options):
+    results = results_of(errors, **options)
+    results.rows = results_of(train, split="train").rows + results.rows
+    return results
+
+
+def test_overfitted_probes():
+    train = {**HEALTHY, "layer0": 0.1}
+    (finding,) = diagnose(with_training(HEALTHY, train))
+    assert (finding.code, finding.taps) == ("KP005", ("layer0",))
+    assert finding.numbers["train"] == 0.1
+    assert finding.numbers["validation"] == 0.5
+    assert codes(with_training(HEALTHY, HEALTHY)) == set()
+    assert "KP005" in diagnose(results_of(HEALTHY)).not_applicable
+    assert "KP005" in diagnose(results_of(HEALTHY, split="train")).not_applicable
+
+
+def test_probes_that_are_not_settled():
+    certificates = dict.fromkeys(HEALTHY, 0.001) | {"layer2": 0.3}
+    (finding,) = diagnose(results_of(HEALTHY, certificate=certificates))
+    assert (finding.code, finding.taps) == ("KP006", ("layer2",))
+    assert finding.numbers == {"certificate": 0.3}
+    assert codes(results_of(HEALTHY, certificate=1e-4)) == set()
+    assert "KP006" in diagnose(results_of(HEALTHY)).not_applicable
+
+
+def test_an_auxiliary_head_that_is_ahead():
+    inputs = {"input": (), "a": ("input",), "aux": ("a",), "b": ("a",), "c": ("b",)}
+    errors = {"input": 0.5, "a": 0.3, "aux": 0.1, "b": 0.25, "c": 0.2}
+    (finding,) = [f for f in diagnose(results_of(errors, inputs=inputs)) if f.code == "KP007"]
+    assert finding.taps == ("aux", "c")
+    assert "KP007" not in codes(results_of({**errors, "c": 0.08}, inputs=inputs))
+    assert "KP007" in diagnose(results_of(HEALTHY)).not_applicable
+
+
+def test_an_error_that_does_not_fall():
+    errors = dict(zip(HEALTHY, [0.3, 0.31, 0.29, 0.3, 0.31, 0.3], strict=True))
+    (finding,) = [f for f in diagnose(results_of(errors)) if f.code == "KP008"]
+    assert finding.numbers["ci_low"] < finding.numbers["tau"] < finding.numbers["ci_high"]
+    assert finding.numbers["ci_high"] >= 0
+    assert "KP008" in diagnose(results_of({"input": 0.4, "a": 0.3})).not_applicable
+
+
+def test_the_worst_come_first_and_each_has_its_numbers():
+    found = diagnose(results_of(BYPASSED, inputs=SKIP))
+    assert [f.severity for f in found] == sorted(
+        (f.severity for f in found), key=["problem", "warning", "note"].index
+    )
+    assert all(f.numbers and f.taps and f.advice for f in found)
+    assert found == results_of(BYPASSED, inputs=SKIP).diagnose()
+
+
+def test_the_latest_epoch_counts():
+    errors = {tap: [0.9, error] for tap, error in HEALTHY.items()}
+    assert diagnose(results_of(errors)) == []
+
+
+def test_nothing_is_found_where_there_is_nothing_but_chance():
+    random, found = check_random_state(0), 0
+    taps = [f"layer{place}" for place in range(20)]
+    for _ in range(200):
+        errors = dict(zip(taps, random.binomial(1000, 0.3, 20) / 1000, strict=True))
+        found += bool(codes(results_of(errors)) & {"KP001", "KP002", "KP004"})
+    assert binomtest(found, 200, 2 * ALPHA, alternative="greater").pvalue > 0.01
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.3, 0.2), (0.2, 0.3), (0.5, 0.5), (1.0, 0.0)])
+def test_p_values_against_the_normal_distribution(a, b):
+    n, m = 400, 300
+    pooled = (a * n + b * m) / (n + m)
+    z = (a - b) / np.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
+    assert _p_above(a, n, b, m) == pytest.approx(norm.sf(z))
+    assert _p_above(0.0, n, 0.0, m) == 1
+
+
+def test_holm_by_hand():
+    assert _holm({"a": 0.01, "b": 0.03, "c": 0.02, "d": 0.9}) == ["a"]  # 0.02 > 0.05 / 3
+    assert _holm({"a": 0.001, "b": 0.02, "c": 0.016}) == ["a", "b", "c"]
+    assert _holm({}) == []
+
+
+def test_tau_against_scipy():
+    errors = np.random.default_rng(0).permutation(9)[None].astype(float)
+    assert _kendall(errors)[0] == pytest.approx(kendalltau(np.arange(9), errors[0]).statistic)
+
+
+def test_every_check_has_a_page():
+    pages = pathlib.Path(__file__).parents[2] / "docs" / "diagnostics"
+    for code in CHECKS:
+        page = (pages / f"{code}.md").read_text(encoding="utf-8")
+        assert page.startswith(f"# {code}: ")
+        title, severity = page.split(": ", 1)[1].split("\n\nSeverity: ")
+        line = f"| [{code}]({code}.md) | {severity.split('.')[0]} | {title} |"
+        assert line in (pages / "index.md").read_text(encoding="utf-8")
+    assert [f"KP{place:03d}" for place in itertools.islice(itertools.count(1), len(CHECKS))] == [
+        *CHECKS
+    ]
