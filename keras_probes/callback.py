@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from keras_probes.online import OnlineProbes, Settings, mebibytes
 from keras_probes.probes.measures import CODE_LENGTH, METRICS, guesses, measure
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
-from keras_probes.results import BASELINES, ProbeResults, Row
+from keras_probes.results import BASELINES, ProbeResults, Row, versions
 from keras_probes.store.features import FeatureStore
 from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
@@ -86,6 +87,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
             name `initial` (or `<target>_initial`): what the architecture gives away before it has
             learned anything. It costs a second forward pass, and a copy of the model's weights.
         log_dir: Directory for TensorBoard event files; `None` writes none.
+        update_freq: When they get measures of training: `"epoch"`, or a number of batches, after
+            which they get those of these batches besides, as with `keras.callbacks.TensorBoard`.
         backup_dir: Directory in which the probes are kept epoch by epoch while `fit` runs, as
             `keras.callbacks.BackupAndRestore` keeps the model: pass both callbacks, and a run that
             was killed goes on where it was. `None` keeps nothing.
@@ -118,6 +121,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         every: int = 1,
         baselines: Sequence[Literal["initial", "shuffled"]] = (),
         log_dir: str | os.PathLike | None = None,
+        update_freq: int | Literal["epoch"] = "epoch",
         backup_dir: str | os.PathLike | None = None,
         seed: int = 0,
     ):
@@ -146,10 +150,16 @@ class LinearProbeCallback(keras.callbacks.Callback):
             raise ValueError(
                 f"Expected `every` to be an integer from 1. Received: every={every!r}."
             )
+        if update_freq != "epoch" and (type(update_freq) is not int or update_freq < 1):
+            raise ValueError(
+                'Expected `update_freq` to be "epoch" or a number of batches, from 1. Received: '
+                f"update_freq={update_freq!r}."
+            )
         _one_of("mode", mode, ("shared", "isolated"))
         named_targets(target)
         self.metrics = tuple(metrics)
         self.log_dir = log_dir
+        self.update_freq = update_freq
         self.results = ProbeResults()
         self._settings = Settings(
             layers=layers,
@@ -166,7 +176,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._joint: Joint | None = None
         self._test_split = "test"  # of the evaluation that is running
         self._writer: TensorBoardWriter | None = None
-        self._fit: keras.callbacks.CallbackList | None = None  # identifies the fit
+        # Identifies the fit, and lets go of it: TensorBoard's files are closed with it.
+        self._fit: Callable[[], keras.callbacks.CallbackList | None] = lambda: None
+        self._logged: tuple[int, Sums] = (0, {})  # batches and sums that TensorBoard has
         self._epoch = 0
         self._backups = Backups(backup_dir) if backup_dir is not None else None
         self._begun = False  # whether the fit has come to its first epoch
@@ -349,7 +361,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if self.log_dir is not None:
             self._writer = self._writer or TensorBoardWriter(self.log_dir)
             self._writer.begin()
-        self._fit = next(iter(calling_lists()), None)
+        for fit in calling_lists()[:1]:
+            self._fit = weakref.ref(fit)
+            if self._writer is not None:
+                weakref.finalize(fit, self._writer.close)  # where an exception ends it
         self._begun = False
         self._join("train", online)
 
@@ -360,10 +375,15 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._begun = True
         if self._online is not None:
             self._online.begin_epoch(self.params.get("steps"))
+            self._logged = (self._online.steps, {})
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         if self._joint is not None and self._online is not None:
             self._joint.expect("train", self._online, self._online.part_in(batch))
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if self._writer is not None and self.update_freq != "epoch":
+            self._write_batches(self._writer, self.update_freq)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if self._writer is not None:
@@ -371,7 +391,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         self._leave("test", "train")
-        self._fit = None
+        self._fit = lambda: None
         if self.params.get("verbose") and self.results.rows:
             print(as_bars(self.results))
         if self._backups is not None:
@@ -388,7 +408,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 f"before `evaluate`. Received: evaluate of {self.model.name!r}."
             )
         online.reset_sums("test")
-        within_fit = self._fit is not None and self._fit is next(iter(calling_lists()), None)
+        fit = self._fit()
+        within_fit = fit is not None and fit is next(iter(calling_lists()), None)
         self._test_split = "validation" if within_fit else "test"
         self._join("test", online)
 
@@ -397,7 +418,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self._joint.expect("test", self._online)
 
     def on_test_end(self, logs: dict | None = None) -> None:
-        in_fit = self._fit in calling_lists()
+        in_fit = self._fit() in calling_lists()
         self._leave(*("test",) if in_fit else ("test", "train"))
 
     # How it is done.
@@ -480,6 +501,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         assert self._online is not None
         if not self.results.taps:
             self.results.taps, self.results.graph = self._online.tap_infos(), self._online.nodes()
+            self.results.settings = {"model": self.model.name, **self._settings.described()}
+            self.results.versions = versions()
         split = "train" if kind == "train" else self._test_split
         rows = list(self._rows(sums, split, self._online, of_host))
         self.results.add(rows)
@@ -487,6 +510,26 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if self._backups is not None and split in ("train", "validation"):
             self._backups.write(self._epoch + 1, self._checkpoint())
         return {_log_key(row): row.value for row in rows if row.metric in self.metrics}
+
+    def _write_batches(self, writer: TensorBoardWriter, every: int) -> None:
+        """Writes what was measured since the last time, once that is `every` batches."""
+        online, (steps, before) = self._built(), self._logged
+        if online.steps - steps < every:
+            return
+        sums = online.sums("train")
+        self._logged = (online.steps, sums)
+        rows = []
+        for target, by_tap in sums.items():
+            for tap, total in by_tap.items():
+                was = before[target][tap] if before else {}
+                new = {name: value - was.get(name, 0.0) for name, value in total.items()}
+                of: dict[str, Any] = {"split": "train", "target": target, "tap": tap}
+                rows += [
+                    Row(self._epoch, online.steps, metric=metric, value=measure(metric, new),
+                        n=int(new["count"]), **of)
+                    for metric in self.metrics
+                ]  # fmt: skip
+        writer.write_batches(ProbeResults(online.tap_infos(), rows))
 
     def _rows(
         self, sums: Sums, split: str, online: OnlineProbes, of_host: Mapping[str, Any]

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_probes.results import ProbeResults, write_whole
+from keras_probes.results import ProbeResults
+from keras_probes.store.results import write_whole
 
 _FORMAT = 1
 _SETTINGS, _ARRAYS, _RESULTS = "settings.json", "arrays.npz", "results/"

@@ -7,7 +7,6 @@ of the callback; `fit_probes` does the rest.
 import concurrent.futures
 import functools
 import hashlib
-import importlib
 import itertools
 import json
 import math
@@ -21,6 +20,7 @@ import tensorflow as tf
 
 from keras_probes.forward import ForwardPass
 from keras_probes.probes.targets import Target, resolve_targets
+from keras_probes.results import versions
 from keras_probes.store.features import DTYPES, FORMAT, ArrayName, FeatureStore
 from keras_probes.taps.batches import batches_of
 from keras_probes.taps.plan import TapPlan, make_plan
@@ -108,7 +108,7 @@ def extract_features(
         "class_names": class_names or getattr(data, "class_names", None),
         "host": {"name": model.name, "class": type(model).__name__, "sha256": _sha256(model)},
         "first_example": _sha256_of_first(first),
-        "versions": _versions(),
+        "versions": versions("zarr"),
     }
     # As it will be read back: JSON has lists for tuples.
     store = FeatureStore.create(path, json.loads(json.dumps(manifest)), _subsets(plan))
@@ -271,8 +271,3 @@ def _sha256_of_first(batch: Any) -> str:
     x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
     first = [np.ascontiguousarray(leaf[:1]).tobytes() for leaf in keras.tree.flatten(x)]
     return hashlib.sha256(b"".join(first)).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    names = ("keras_probes", "keras", "tensorflow", "numpy", "zarr")
-    return {name: importlib.import_module(name).__version__ for name in names}

@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras_probes.probes.measures import METRICS, SUMS, batch_sums, guesses, measure
 from keras_probes.probes.solver import Block, Fit, Problem, fit_softmax
 from keras_probes.probes.spread import inverse_spread
-from keras_probes.results import Node, Probe, ProbeResults, Row
+from keras_probes.results import Node, Probe, ProbeResults, Row, versions
 from keras_probes.store.features import FeatureStore, StoredArray
 
 # The path of l2="auto": features are standardised, so that one serves every tap.
@@ -95,6 +95,14 @@ def fit_probes(
         [tap for tap in store.taps if tap.name in chosen],
         reductions={tap: store.manifest["reductions"][tap] for tap in chosen},
         graph=map(Node.from_json, store.manifest["graph"]),
+        settings={
+            "model": store.host["name"],
+            "features": store.dtype,
+            "l2": l2 if isinstance(l2, str) else ", ".join(f"{p:g}" for p in penalties),
+            "tol": tol,
+            "seed": seed,
+        },
+        versions={**store.versions, **versions()},
     )
     with tqdm(chosen, desc="fitting probes", unit=" taps", disable=not verbose) as progress:
         for tap in progress:

@@ -49,6 +49,12 @@ class Settings:
     baselines: tuple[str, ...]
     seed: int
 
+    def described(self) -> dict[str, Any]:
+        """What was asked for, as results keep it."""
+        asked = {**vars(self), "mode": "isolated" if self.isolated else "shared"}
+        del asked["isolated"]
+        return {name: _described(value) for name, value in asked.items() if value not in (None, ())}
+
 
 @dataclasses.dataclass
 class _Side:
@@ -111,6 +117,11 @@ class OnlineProbes:
     def restoring(self) -> bool:
         """Whether there is a state to take over once they are."""
         return self._pending is not None
+
+    @property
+    def steps(self) -> int:
+        """Number of batches the probes were trained on."""
+        return self.probes.steps if self.built else 0
 
     @property
     def plan(self) -> TapPlan:
@@ -337,8 +348,12 @@ class OnlineProbes:
             learn = side.probes.train if kind == "train" else side.probes.test
             learn(features, labels, weights)
 
+    def sums(self, kind: Kind) -> Sums:
+        """What was measured since the epoch or evaluation began, by target, tap and name."""
+        return {t: by_tap for side in self._sides for t, by_tap in side.probes.sums(kind).items()}
+
     def logs(self, kind: Kind, of_host: Mapping[str, Any]) -> dict[str, float]:
-        sums = {t: by_tap for side in self._sides for t, by_tap in side.probes.sums(kind).items()}
+        sums = self.sums(kind)
         for target in self.targets:
             of_tap = next(iter(sums[target.name].values()))
             unlabelled = int(of_tap["unlabelled"])
@@ -403,6 +418,19 @@ class OnlineProbes:
                 'fewer features with reduce="gap" or reduce="auto" (at most 1,000 a tap), choose '
                 "fewer layers, or set memory_limit on the callback, in bytes."
             )
+
+
+def _described(value: Any) -> Any:
+    """A setting as JSON and TensorBoard take it: objects and functions by name."""
+    if isinstance(value, (str, bool, int, float)) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_described(of_key)}" for key, of_key in value.items())
+    if isinstance(value, Sequence):
+        return ", ".join(str(_described(item)) for item in value)
+    if isinstance(value, keras.Operation):
+        return f"{type(value).__name__} {value.name}"
+    return getattr(value, "__qualname__", type(value).__name__)
 
 
 def _takes_x(host: keras.Model, recording: Recording, x: Any) -> bool:

@@ -4,12 +4,9 @@ In: one `Row` a measure. Out: a tidy frame, the probes, files; by way of `view`,
 """
 
 import dataclasses
-import hashlib
-import io
-import json
+import importlib
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +40,7 @@ COLUMNS = (
 )
 BASELINES = ("initial", "shuffled")
 ERRORS = ("error", "top5_error")  # the metrics that are proportions
-_NUMBERS = ("value", "certificate", "majority", "chance", "host")  # that may be NaN
-_MANIFEST = "probes.json"
-_FORMAT = 1
+NUMBERS = ("value", "certificate", "majority", "chance", "host")  # that may be NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +148,10 @@ class Probe:
     bias: np.ndarray
 
 
-_ROW = tuple(field.name for field in dataclasses.fields(Row))
+def versions(*libraries: str) -> dict[str, str]:
+    """Of the libraries that what is measured depends on, and of others by name."""
+    names = ("keras_probes", "keras", "tensorflow", "numpy", *libraries)
+    return {name: importlib.import_module(name).__version__ for name in names}
 
 
 def name_of_baseline(baseline: str, target: str | None) -> str:
@@ -195,6 +193,8 @@ class ProbeResults:
         probes: The probes themselves, by target and tap, where they are kept.
         reductions: By tap, the Keras configuration of what makes its features.
         graph: The layers of the host and the taps, in graph order.
+        settings: What was asked for, by name, as text, numbers and truth values.
+        versions: Of the libraries that measured it.
     """
 
     def __init__(
@@ -205,12 +205,16 @@ class ProbeResults:
         probes: Mapping[tuple[str | None, str], Probe] | None = None,
         reductions: Mapping[str, Any] | None = None,
         graph: Iterable[Node] = (),
+        settings: Mapping[str, Any] | None = None,
+        versions: Mapping[str, str] | None = None,
     ):
         self.taps = list(taps)
         self.rows = list(rows)
         self.probes = dict(probes or {})
         self.reductions = dict(reductions or {})
         self.graph = list(graph)
+        self.settings = dict(settings or {})
+        self.versions = dict(versions or {})
 
     def add(self, rows: Iterable[Row]) -> None:
         """Takes further measures into the record."""
@@ -245,7 +249,7 @@ class ProbeResults:
         frame = pd.DataFrame.from_records(records, columns=list(COLUMNS))
         # pandas 3 would make NaN of the None of an unnamed target beside a named baseline.
         frame["target"] = pd.Series([row.target for row in rows], frame.index, dtype=object)
-        return frame.astype(dict.fromkeys((*_NUMBERS, "ci_low", "ci_high"), "float64"))
+        return frame.astype(dict.fromkeys((*NUMBERS, "ci_low", "ci_high"), "float64"))
 
     def measured(
         self,
@@ -292,6 +296,31 @@ class ProbeResults:
             )
         taps = [tap.name for tap in self.taps if tap.name in latest]
         return self._frame([latest[tap] for tap in taps]).set_index("tap")
+
+    def history(
+        self, metric: str = "error", *, split: str | None = None, target: str | None = None
+    ) -> pd.DataFrame:
+        """Returns a measure at every epoch.
+
+        Args:
+            metric: Which measure.
+            split: Which split; by default the last measured of train, validation and test.
+            target: Which target or baseline; may be left out if there is only one.
+
+        Returns:
+            A frame with a row a tap, in graph order, and a column an epoch, from 0.
+
+        Raises:
+            ValueError: As `measured`.
+        """
+        latest = self.measured(metric, split=split, target=target)
+        key = (metric, latest["split"].iloc[0], self.resolve_target(target))
+        rows = [row for row in self.rows if (row.metric, row.split, row.target) == key]
+        values = pd.DataFrame({"tap": r.tap, "epoch": r.epoch, "value": r.value} for r in rows)
+        table = values.pivot_table(
+            index="tap", columns="epoch", values="value", aggfunc="last", dropna=False
+        )
+        return table.reindex(latest.index)
 
     @property
     def targets(self) -> list[str | None]:
@@ -456,35 +485,9 @@ class ProbeResults:
         Args:
             directory: Made if it is not there.
         """
-        directory = pathlib.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        rows = pd.DataFrame([dataclasses.asdict(row) for row in self.rows], columns=list(_ROW))
-        contents = {"measures": (rows.to_csv(index=False).encode(), "csv")}
-        if self.probes:
-            arrays: dict[str, Any] = {}
-            for place, probe in enumerate(self.probes.values()):
-                arrays[f"kernel_{place}"], arrays[f"bias_{place}"] = probe.kernel, probe.bias
-            file = io.BytesIO()
-            np.savez(file, **arrays)
-            contents["probes"] = (file.getvalue(), "npz")
-        files = {}
-        for name, (content, ending) in contents.items():
-            digest = hashlib.sha256(content).hexdigest()
-            files[name] = {"name": f"{name}-{digest[:16]}.{ending}", "sha256": digest}
-            write_whole(directory / files[name]["name"], content)
-        manifest = {
-            "format": _FORMAT,
-            "files": files,
-            "taps": [dataclasses.asdict(tap) for tap in self.taps],
-            "probes": [{"target": target, "tap": tap} for target, tap in self.probes],
-            "reductions": self.reductions,
-            "graph": [dataclasses.asdict(node) for node in self.graph],
-        }
-        write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        kept = {file["name"] for file in files.values()}
-        for stale in (*directory.glob("measures-*.csv"), *directory.glob("probes-*.npz")):
-            if stale.name not in kept:
-                stale.unlink()
+        from keras_probes.store.results import save
+
+        save(self, directory)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "ProbeResults":
@@ -494,66 +497,10 @@ class ProbeResults:
             FileNotFoundError: There is no saved record in the directory.
             ValueError: The files are damaged, or of a format this version does not know.
         """
-        directory = pathlib.Path(directory)
-        try:
-            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-            if manifest.get("format") != _FORMAT:
-                raise ValueError(
-                    f"Expected results of format {_FORMAT}. Received: format "
-                    f"{manifest.get('format')!r} in {str(directory)!r}. Load them with the version "
-                    "of keras_probes that wrote them."
-                )
-            contents = {
-                name: _read_whole(directory / file["name"], file["sha256"])
-                for name, file in manifest["files"].items()
-            }
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"Expected a directory that ProbeResults.save wrote, with {_MANIFEST} and the "
-                f"files it names. Received: {str(directory)!r}; missing: {error.filename!r}."
-            ) from error
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{directory / _MANIFEST} is damaged: {error!r}.") from error
-        types = {"target": str, "tap": str, "split": str, "metric": str}
-        frame = pd.read_csv(
-            io.BytesIO(contents["measures"]),
-            dtype=types,
-            float_precision="round_trip",  # pandas 2's own parser loses the last digits
-            keep_default_na=False,
-            na_values={column: [""] for column in _NUMBERS},
-        )
-        taps = [TapInfo.from_json(tap) for tap in manifest["taps"]]
-        records: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
-        rows = [Row(**{**record, "target": record["target"] or None}) for record in records]
-        probes = {}
-        if "probes" in contents:
-            arrays = np.load(io.BytesIO(contents["probes"]), allow_pickle=False)
-            for place, key in enumerate(manifest["probes"]):
-                probe = Probe(arrays[f"kernel_{place}"], arrays[f"bias_{place}"])
-                probes[key["target"], key["tap"]] = probe
-        graph = map(Node.from_json, manifest["graph"])
-        return cls(taps, rows, probes=probes, reductions=manifest["reductions"], graph=graph)
+        from keras_probes.store.results import load
+
+        return load(directory)
 
 
 def _known(values: Iterable[Any]) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
-
-
-def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that under its name there is all of it or what was there before."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _read_whole(path: pathlib.Path, digest: str) -> bytes:
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(
-            f"{path} is damaged: its checksum is not the one in {_MANIFEST}. Save the results "
-            "again."
-        )
-    return content

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal, Protocol
@@ -94,7 +95,8 @@ class Joint:
         self.keys: set[str] = set()  # of all logs that observers have added
         self._attached: dict[Kind, list[Observer]] = {"train": [], "test": []}
         self._expected: dict[Kind, dict[Observer, Part]] = {"train": {}, "test": {}}
-        self._runs: dict[Kind, object] = {}
+        # Weakly, so that whoever waits for the end of a run sees it, after an exception too.
+        self._runs: weakref.WeakValueDictionary[Kind, Any] = weakref.WeakValueDictionary()
         self._unprepared: set[tuple[Kind, Observer]] = set()
         self._guards: dict[Kind, Any] = {}
         self._observed: dict[tuple, tuple[Callable, Any]] = {}  # key -> (plain, what stands for it)
@@ -114,7 +116,7 @@ class Joint:
             run: Identifies the `fit` or `evaluate`, see `calling_lists`. Observers that a run
                 before it left attached, since it was interrupted, are let go.
         """
-        if run is not self._runs.get(kind):
+        if run is not None and run is not self._runs.get(kind):
             self._runs[kind] = run
             self._attached[kind].clear()
         if observer not in self._attached[kind]:
@@ -363,7 +365,7 @@ class Joint:
 
     def _running(self) -> bool:
         """Whether a `fit` or `evaluate` that observers are attached to is still going on."""
-        runs = [run for run in self._runs.values() if run is not None]
+        runs = list(self._runs.values())
         return any(frame.f_locals.get("callbacks") in runs for frame in _callers())
 
     def _remove(self) -> None:

@@ -176,12 +176,9 @@ class ColorScale:
 
 def color_scale(results: ProbeResults, metric: str, split: str, target: str | None) -> ColorScale:
     """The colours of a measure, over all epochs."""
-    name = results.resolve_target(target)
-    values = [
-        row.value for row in results.rows
-        if (row.metric, row.split, row.target) == (metric, split, name) and np.isfinite(row.value)
-    ]  # fmt: skip
-    return ColorScale(min(values), max(values)) if values else ColorScale(0.0, 1.0)
+    values = results.history(metric, split=split, target=target).to_numpy()
+    values = values[np.isfinite(values)]
+    return ColorScale(values.min(), values.max()) if values.size else ColorScale(0.0, 1.0)
 
 
 def ink(fill: str) -> str:

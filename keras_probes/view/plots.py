@@ -123,13 +123,19 @@ def plot_curves(
         ImportError: matplotlib is not installed.
         ValueError: Nothing of this was measured.
     """
-    values, host, split = _over_epochs(results, metric, split, target)
+    latest = results.measured(metric, split=split, target=target)
+    split = latest["split"].iloc[0]
+    values = results.history(metric, split=split, target=target)
     ax = ax or _new_axes(width=7.5, height=4.2)
     colors = _colors(len(values))
     epochs = values.columns.to_numpy(int) + 1
     for (tap, of_tap), color in zip(values.iterrows(), colors, strict=True):
         ax.plot(epochs, of_tap, color=color, label=tap, linewidth=1.5, **_point(epochs))
-    if host.notna().any():
+    if latest["host"].notna().any():
+        host = [
+            results.measured(metric, split=split, epoch=int(epoch), target=target)["host"].iloc[-1]
+            for epoch in epochs - 1
+        ]
         ax.plot(epochs, host, "--", color="0.35", label="the model itself", **_point(epochs))
     if len(values) <= MOST_IN_LEGEND:
         ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -167,7 +173,8 @@ def plot_heatmap(
         ImportError: matplotlib is not installed.
         ValueError: Nothing of this was measured.
     """
-    values, _, split = _over_epochs(results, metric, split, target)
+    values = results.history(metric, split=split, target=target)
+    split = results.measured(metric, split=split, target=target)["split"].iloc[0]
     height = float(np.clip(1.2 + 0.2 * len(values), 3.0, 12.0))
     ax = ax or _new_axes(width=7.0, height=height)
     epochs = values.columns.to_numpy(int)
@@ -181,25 +188,6 @@ def plot_heatmap(
     bar = ax.figure.colorbar(mesh, ax=ax)
     bar.set_label(f"{split} {_in_words(metric)}")
     return ax
-
-
-def _over_epochs(
-    results: ProbeResults, metric: str, split: str | None, target: str | None
-) -> tuple["pd.DataFrame", "pd.Series", str]:
-    """A row a tap and a column an epoch; the host's measure by epoch; the split."""
-    import pandas as pd
-
-    first = results.measured(metric, split=split, target=target)
-    split, target = first["split"].iloc[-1], results.resolve_target(target)
-    rows = [
-        row
-        for row in results.rows
-        if (row.metric, row.split, row.target) == (metric, split, target)
-    ]
-    values = pd.DataFrame({"tap": r.tap, "epoch": r.epoch, "value": r.value} for r in rows)
-    table = values.pivot_table(index="tap", columns="epoch", values="value", aggfunc="last")
-    host = pd.Series({row.epoch: row.host for row in rows}).reindex(table.columns)
-    return table.reindex(first.index), host, split
 
 
 def _new_axes(width: float, height: float) -> "Axes":

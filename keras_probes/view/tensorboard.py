@@ -1,26 +1,30 @@
 """TensorBoard: writes each epoch's measures as scalars, and what they look like.
 
 In: a `ProbeResults`. Out: event files, one run for each tap, so that TensorBoard's first page shows
-one chart a metric and split, with the curves of all taps in it, in depth order; and one run with
-the table and the pictures of each epoch.
+one chart a metric and split, with the curves of all taps in it, in depth order, and that of the
+host itself; one run with the table and the pictures of each epoch; and the settings, as HParams.
 """
 
 import html
 import io
+import math
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
 import pandas as pd
 import tensorflow as tf
 
-from keras_probes.results import ProbeResults
+from keras_probes.results import ProbeResults, Row
 from keras_probes.view.graph import graph_of, rendered
 from keras_probes.view.plots import plot_depth
 
 _TOGETHER = "all layers"  # the run of what is about all of them
+_HOST = "the model itself"
+_SETTINGS = ""  # HParams finds the measures in the runs below its own
 
 
 class TensorBoardWriter:
@@ -28,7 +32,8 @@ class TensorBoardWriter:
 
     Tags are `probe_<metric>/<split>`, with a named target `probe_<target>_<metric>/<split>`. The
     step is the epoch, as in Keras's own TensorBoard callback; where a further fit begins at an
-    epoch that was written before, it goes on from the last.
+    epoch that was written before, it goes on from the last. Measures of some batches have tags
+    that begin with `batch_`, and the number of batches as their step.
 
     Args:
         log_dir: The log directory; it may be that of Keras's callback.
@@ -47,6 +52,7 @@ class TensorBoardWriter:
         self._directory = os.path.join(os.fspath(log_dir), "probes")
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._last, self._ahead, self._begun = -1, 0, False
+        self._described = False  # whether the settings are written
 
     def begin(self) -> None:
         """Says that another fit begins."""
@@ -60,24 +66,46 @@ class TensorBoardWriter:
         if not self._begun:
             self._ahead, self._begun = max(0, self._last + 1 - epoch), True
         self._last = step = epoch + self._ahead
-        places = {tap.name: place for place, tap in enumerate(results.taps)}
-        for row in rows:
-            prefix = "probe" if row.target is None else f"probe_{row.target}"
-            # A slash would make a run of its own depth, and `..` leave the directory.
-            run = f"{places[row.tap]:03d} {re.sub(r'[^A-Za-z0-9_.#:-]', '_', row.tap)}"
-            with self._writer(run).as_default():
-                tf.summary.scalar(f"{prefix}_{row.metric}/{row.split}", row.value, step=step)
+        self._describe(results)
+        self._write_scalars(results, rows, step)
+        for tag, of_host in {_tag(row): row.host for row in rows}.items():
+            if math.isfinite(of_host):
+                with self._writer(_HOST).as_default():
+                    tf.summary.scalar(tag, of_host, step=step)
         with self._writer(_TOGETHER).as_default():
             for target in results.targets:
                 self._write_together(results, target, epoch, step)
         for writer in self._writers.values():
             writer.flush()
 
+    def write_batches(self, results: ProbeResults) -> None:
+        """Writes measures of the batches up to each row's step."""
+        for row in results.rows:
+            self._write_scalars(results, [row], row.step, "batch_")
+
     def close(self) -> None:
         """Closes the event files."""
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+    def _describe(self, results: ProbeResults) -> None:
+        if not self._described and results.settings:
+            from tensorboard.plugins.hparams import api
+
+            with self._writer(_SETTINGS).as_default():
+                api.hparams(results.settings)
+            self._described = True
+
+    def _write_scalars(
+        self, results: ProbeResults, rows: Iterable[Row], step: int, prefix: str = ""
+    ) -> None:
+        places = {tap.name: place for place, tap in enumerate(results.taps)}
+        for row in rows:
+            # A slash would make a run of its own depth, and `..` leave the directory.
+            run = f"{places[row.tap]:03d} {re.sub(r'[^A-Za-z0-9_.#:-]', '_', row.tap)}"
+            with self._writer(run).as_default():
+                tf.summary.scalar(prefix + _tag(row), row.value, step=step)
 
     def _write_together(
         self, results: ProbeResults, target: str | None, epoch: int, step: int
@@ -104,6 +132,11 @@ class TensorBoardWriter:
             directory = os.path.join(self._directory, run)
             self._writers[run] = tf.summary.create_file_writer(directory)
         return self._writers[run]
+
+
+def _tag(row: Row) -> str:
+    target = "probe" if row.target is None else f"probe_{row.target}"
+    return f"{target}_{row.metric}/{row.split}"
 
 
 def _depth_curve(results: ProbeResults, **asked: Any) -> bytes:

@@ -1,5 +1,7 @@
 """Event files, read back by TensorBoard's own reader."""
 
+import contextlib
+import gc
 import json
 import pathlib
 import re
@@ -21,6 +23,7 @@ from keras_probes import LinearProbeCallback
 from keras_probes.view.tensorboard import TensorBoardWriter
 
 RUNS = ["probes/000 input", "probes/001 dense:preactivation"]
+TOGETHER = {"probes", "probes/all layers", "probes/the model itself"}
 
 
 def read(log_dir):
@@ -50,7 +53,7 @@ def test_each_tap_is_a_run_and_each_measure_a_tag(digits, tmp_path):
     probes = LinearProbeCallback(["input", "dense:preactivation"], log_dir=tmp_path)
     history = fit(digits, tmp_path, probes)
     runs = read(tmp_path)
-    assert sorted(runs) == [*RUNS, "probes/all layers"]
+    assert set(runs) == {*RUNS, *TOGETHER}
     for run, tap in zip(RUNS, ("input", "dense:preactivation"), strict=True):
         for split, prefix in (("train", ""), ("validation", "val_")):
             for metric in ("error", "loss"):
@@ -58,6 +61,47 @@ def test_each_tap_is_a_run_and_each_measure_a_tag(digits, tmp_path):
                 assert [step for step, _ in logged] == [0, 1, 2]
                 expected = history[f"{prefix}probe_{metric}/{tap}"]
                 assert [float(value) for _, value in logged] == pytest.approx(expected, rel=1e-6)
+    of_host = [1 - accuracy for accuracy in history["val_accuracy"]]
+    logged = runs["probes/the model itself"]["probe_error/validation"]
+    assert [float(value) for _, value in logged] == pytest.approx(of_host, abs=1e-6)
+
+
+def test_every_n_batches_on_request(digits, tmp_path):
+    (x, y), _ = digits
+    probes = LinearProbeCallback("input", log_dir=tmp_path, update_freq=3)
+    history = (
+        compiled(dense_net())
+        .fit(x[:320], y[:320], batch_size=32, epochs=2, callbacks=[probes], verbose=0)
+        .history
+    )
+    run = read(tmp_path)["probes/000 input"]
+    logged = run["batch_probe_error/train"]
+    assert [step for step, _ in logged] == [3, 6, 9, 13, 16, 19]  # the sums begin with each epoch
+    assert len(run["probe_error/train"]) == 2
+    # The mean of ten batches is that of nine, and of one that is an error or none.
+    of_nine = sum(float(value) for _, value in logged[:3]) / 3
+    assert 0 <= 10 * history["probe_error/input"][0] - 9 * of_nine <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("asked", [0, -1, 2.0, True, "batch"])
+def test_bad_update_freq(asked):
+    with pytest.raises(ValueError, match="update_freq"):
+        LinearProbeCallback(update_freq=asked)
+
+
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 2:
+            raise ArithmeticError("stop")
+
+
+def test_files_are_closed_after_an_exception(digits, tmp_path):
+    probes = LinearProbeCallback("input", log_dir=tmp_path, update_freq=1)
+    with contextlib.suppress(ArithmeticError):
+        fit(digits, tmp_path, probes, Stop())
+    gc.collect()
+    assert not probes._writer._writers
+    assert len(read(tmp_path)["probes/000 input"]["batch_probe_error/train"]) == 3
 
 
 def test_table_curve_and_graph_of_each_epoch(digits, tmp_path):
@@ -97,7 +141,7 @@ def test_beside_kerass_own_callback(digits, tmp_path):
     keras_own = keras.callbacks.TensorBoard(tmp_path)
     fit(digits, tmp_path, keras_own, LinearProbeCallback("input", log_dir=tmp_path))
     runs = read(tmp_path)
-    assert set(runs) == {"train", "validation", "probes/000 input", "probes/all layers"}
+    assert set(runs) == {"train", "validation", "probes/000 input", *TOGETHER}
     assert "epoch_loss" in runs["train"]
 
 
@@ -155,6 +199,10 @@ def test_a_real_tensorboard_serves_all_curves_table_and_pictures(digits, tmp_pat
         assert [step for _, step, _ in curve] == [0, 1, 2]
         expected = history[f"val_probe_error/{tap}"]
         assert [value for _, _, value in curve] == pytest.approx(expected, rel=1e-6)
+    experiment = ask("data/plugin/hparams/experiment", request=json.dumps({}))
+    assert {"mode", "layers", "seed"} <= {p["name"] for p in experiment["hparamInfos"]}
+    measured = {(m["name"]["group"], m["name"]["tag"]) for m in experiment["metricInfos"]}
+    assert ("001 dense:preactivation", "probe_error/validation") in measured
     assert "probe_error/depth" in ask("data/plugin/images/tags")["probes/all layers"]
     assert "probe_error/table" in ask("data/plugin/text/tags")["probes/all layers"]
 
@@ -170,7 +218,7 @@ def test_layer_names_stay_within_the_directory(digits, tmp_path, name):
     )
     log_dir = tmp_path / "logs"
     fit(digits, log_dir, LinearProbeCallback(log_dir=log_dir), model=compiled(model))
-    assert len(read(log_dir)) == 3
+    assert len(read(log_dir)) == 5
     assert [p.name for p in tmp_path.iterdir()] == ["logs"]
     assert {p.name for p in pathlib.Path(log_dir).iterdir()} == {"probes"}
 

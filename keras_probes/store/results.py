@@ -1,0 +1,128 @@
+"""Results on disk: one JSON file that names the others, all written whole or not at all.
+
+In: a `ProbeResults`. Out: a directory with `probes.json`, the measures as CSV and the probes as
+npz, and back again. There is no pickle in it.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from keras_probes.results import NUMBERS, Node, Probe, ProbeResults, Row, TapInfo
+
+_MANIFEST = "probes.json"
+_FORMAT = 1
+_ROW = tuple(field.name for field in dataclasses.fields(Row))
+
+
+def save(results: ProbeResults, directory: str | os.PathLike) -> None:
+    """As `ProbeResults.save` says."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = pd.DataFrame([dataclasses.asdict(row) for row in results.rows], columns=list(_ROW))
+    contents = {"measures": (rows.to_csv(index=False).encode(), "csv")}
+    if results.probes:
+        arrays: dict[str, Any] = {}
+        for place, probe in enumerate(results.probes.values()):
+            arrays[f"kernel_{place}"], arrays[f"bias_{place}"] = probe.kernel, probe.bias
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        contents["probes"] = (file.getvalue(), "npz")
+    files = {}
+    for name, (content, ending) in contents.items():
+        digest = hashlib.sha256(content).hexdigest()
+        files[name] = {"name": f"{name}-{digest[:16]}.{ending}", "sha256": digest}
+        write_whole(directory / files[name]["name"], content)
+    manifest = {
+        "format": _FORMAT,
+        "files": files,
+        "taps": [dataclasses.asdict(tap) for tap in results.taps],
+        "probes": [{"target": target, "tap": tap} for target, tap in results.probes],
+        "reductions": results.reductions,
+        "graph": [dataclasses.asdict(node) for node in results.graph],
+        "settings": results.settings,
+        "versions": results.versions,
+    }
+    write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+    kept = {file["name"] for file in files.values()}
+    for stale in (*directory.glob("measures-*.csv"), *directory.glob("probes-*.npz")):
+        if stale.name not in kept:
+            stale.unlink()
+
+
+def load(directory: str | os.PathLike) -> ProbeResults:
+    """As `ProbeResults.load` says."""
+    directory = pathlib.Path(directory)
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("format") != _FORMAT:
+            raise ValueError(
+                f"Expected results of format {_FORMAT}. Received: format "
+                f"{manifest.get('format')!r} in {str(directory)!r}. Load them with the version "
+                "of keras_probes that wrote them."
+            )
+        contents = {
+            name: _read_whole(directory / file["name"], file["sha256"])
+            for name, file in manifest["files"].items()
+        }
+        probes = {}
+        if "probes" in contents:
+            arrays = np.load(io.BytesIO(contents["probes"]), allow_pickle=False)
+            for place, key in enumerate(manifest["probes"]):
+                probe = Probe(arrays[f"kernel_{place}"], arrays[f"bias_{place}"])
+                probes[key["target"], key["tap"]] = probe
+        return ProbeResults(
+            [TapInfo.from_json(tap) for tap in manifest["taps"]],
+            _rows(contents["measures"]),
+            probes=probes,
+            reductions=manifest["reductions"],
+            graph=map(Node.from_json, manifest["graph"]),
+            settings=manifest["settings"],
+            versions=manifest["versions"],
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"Expected a directory that ProbeResults.save wrote, with {_MANIFEST} and the "
+            f"files it names. Received: {str(directory)!r}; missing: {error.filename!r}."
+        ) from error
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{directory / _MANIFEST} is damaged: {error!r}.") from error
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file so that under its name there is all of it or what was there before."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _rows(csv: bytes) -> list[Row]:
+    frame = pd.read_csv(
+        io.BytesIO(csv),
+        dtype={"target": str, "tap": str, "split": str, "metric": str},
+        float_precision="round_trip",  # pandas 2's own parser loses the last digits
+        keep_default_na=False,
+        na_values={column: [""] for column in NUMBERS},
+    )
+    records: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
+    return [Row(**{**record, "target": record["target"] or None}) for record in records]
+
+
+def _read_whole(path: pathlib.Path, digest: str) -> bytes:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(
+            f"{path} is damaged: its checksum is not the one in {_MANIFEST}. Save the results "
+            "again."
+        )
+    return content
