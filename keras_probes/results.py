@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import math
 import os
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -406,6 +407,29 @@ class ProbeResults:
         from keras_probes.view.diagnose import diagnose
 
         return diagnose(self, target=target)
+
+    def report(
+        self, path: str | os.PathLike, *, metric: str = "error", title: str = ""
+    ) -> pathlib.Path:
+        """Writes one page with everything: findings, curves, the coloured graph and the table.
+
+        It opens in any browser, offline; a slider shows the graph and the errors of every epoch.
+
+        Args:
+            path: Name of the HTML file.
+            metric: Which measure.
+            title: Of the page; by default it names the model.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: Plotly or Jinja2 is not installed.
+            ValueError: Nothing of this was measured.
+        """
+        from keras_probes.view.report import write_report
+
+        return write_report(self, path, metric=metric, title=title)
 
     def probe(self, tap: str, target: str | None = None) -> keras.Model:
         """Returns a tap's probe as a small Keras model.

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -7,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from hypothesis import Phase, settings
+from selenium import webdriver
 from sklearn.datasets import load_digits
 
 # Each example is a random host that is trained twice: what fails is shown as it was found.
@@ -30,3 +32,20 @@ def digits():
     x, y = bunch.images[..., None].astype("float32") / 16, bunch.target
     order = np.random.default_rng(0).permutation(len(x))[:480]
     return (x[order[:320]], y[order[:320]]), (x[order[320:]], y[order[320:]])
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium, driven by Selenium."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "hide-scrollbars"):
+        options.add_argument(f"--{argument}")
+    options.add_argument("--window-size=1400,1000")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as started:
+        yield started

@@ -191,7 +191,7 @@ class Joint:
                 for observer in fresh:
                     observer.check((None, part) for part in _in_parts(labels))
         keeping = [observer for observer, part in parts.items() if part == "keep"]
-        replicated = any(hasattr(part, _OF_REPLICAS) for part in tf.nest.flatten(spec))
+        replicated = _is_replicated(spec)
         if kind == "train" and (fresh or keeping) and not replicated:
             iterator = self._shown(fresh, keeping, iterator, spec)
 
@@ -251,8 +251,10 @@ class Joint:
     ) -> Callable:
         """A function of an iterator: for each batch the observers' forward pass, then `step`.
 
-        The two are compiled apart, so that neither changes how the other is. Batches of several
-        replicas can be kept here only: there is no way to make an iterator of them again.
+        The two are compiled apart, so that neither changes how the other is. The step is the host's
+        own function, and gets an iterator of what it would get: which of its traces serves a batch,
+        those made by earlier runs decide, and last bits change with it. Of batches of several
+        replicas no iterator can be made again: they are kept here, and a step of them is compiled.
         """
 
         def look(data: Any) -> None:
@@ -265,16 +267,20 @@ class Joint:
         def look_everywhere(data: Any) -> None:
             self.host.distribute_strategy.run(look, (data,))
 
-        def on_batch(data: Any) -> Any:
+        def on_replicas(data: Any) -> Any:
             # A host's own `train_function` may be traced twice, and each time ask for the batch.
             once = self.host.steps_per_execution > 1
             return step(iter([data]) if once else itertools.repeat(data))
 
+        def on_batch(data: Any) -> Any:
+            return step(_iterator_of([data], spec))
+
         def make() -> tuple[Callable, Callable]:
-            return self._compiled(look_everywhere, spec), self._compiled(on_batch, spec)
+            compiled = self._compiled(on_replicas, spec) if _is_replicated(spec) else on_batch
+            return self._compiled(look_everywhere, spec), compiled
 
         key = (kind, "one by one", str(spec), *map(id, observers))
-        compiled_look, compiled_step = self._cached(key, step, make)
+        look_at, take_step = self._cached(key, step, make)
 
         def in_turn(iterator: Iterator) -> Any:
             logs = None
@@ -290,8 +296,8 @@ class Joint:
                         self._of_replicas(data), keras.tree.map_structure(_of_replica, spec)
                     )
                 if observers:
-                    compiled_look(data)
-                logs = compiled_step(data)
+                    look_at(data)
+                logs = take_step(data)
             return logs
 
         return in_turn
@@ -383,7 +389,16 @@ def _iterator_of(batches: list[Any], spec: Any) -> Iterator:
         variant = tf.data.experimental.to_variant(tf.data.Dataset.from_tensors(batch))
         return tf.data.experimental.from_variant(variant, spec)
 
-    return iter(functools.reduce(tf.data.Dataset.concatenate, map(alone, batches)))
+    # Tuning takes a thread, for which the end of the iterator would have to wait.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
+    dataset = functools.reduce(tf.data.Dataset.concatenate, map(alone, batches))
+    return iter(dataset.with_options(options))
+
+
+def _is_replicated(spec: Any) -> bool:
+    return any(hasattr(part, _OF_REPLICAS) for part in tf.nest.flatten(spec))
 
 
 def _of_replica(spec: Any) -> Any:

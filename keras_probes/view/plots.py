@@ -61,7 +61,7 @@ def plot_depth(
     names = _names_by_column(layout)
     ax = ax or _new_axes(width=max(5.0, 2.0 + 0.22 * len(names)), height=4.2)
     alone = APART[len(ax.containers) % len(APART)]
-    colors = [alone] if len(frames) == 1 else list(_colors(len(frames)))
+    colors = [alone] if len(frames) == 1 else order_colors(len(frames))
     for frame, color in zip(frames, colors, strict=True):
         name = f"epoch {frame['epoch'].iloc[-1] + 1}"
         named = f"{label}, {name}" if label and len(frames) > 1 else label or name
@@ -75,7 +75,7 @@ def plot_depth(
     shown = thinned(len(names), MOST_LABELS)
     ax.set_xticks(shown, [names[place] for place in shown], rotation=90, fontsize=8)
     ax.set_xlim(-0.5, len(names) - 0.5)
-    ax.set_ylabel(f"{split} {_in_words(metric)}")
+    ax.set_ylabel(f"{split} {in_words(metric)}")
     ax.set_title(_title(results, target))
     ax.grid(axis="y", color="0.9")
     ax.set_axisbelow(True)
@@ -127,7 +127,7 @@ def plot_curves(
     split = latest["split"].iloc[0]
     values = results.history(metric, split=split, target=target)
     ax = ax or _new_axes(width=7.5, height=4.2)
-    colors = _colors(len(values))
+    colors = order_colors(len(values))
     epochs = values.columns.to_numpy(int) + 1
     for (tap, of_tap), color in zip(values.iterrows(), colors, strict=True):
         ax.plot(epochs, of_tap, color=color, label=tap, linewidth=1.5, **_point(epochs))
@@ -142,7 +142,7 @@ def plot_curves(
     else:
         _depth_key(ax, list(values.index))
     _epoch_axis(ax)
-    ax.set_ylabel(f"{split} {_in_words(metric)}")
+    ax.set_ylabel(f"{split} {in_words(metric)}")
     ax.set_title(_title(results, target))
     ax.grid(color="0.9")
     ax.set_axisbelow(True)
@@ -186,7 +186,7 @@ def plot_heatmap(
     _epoch_axis(ax)
     ax.set_title(_title(results, target))
     bar = ax.figure.colorbar(mesh, ax=ax)
-    bar.set_label(f"{split} {_in_words(metric)}")
+    bar.set_label(f"{split} {in_words(metric)}")
     return ax
 
 
@@ -214,10 +214,13 @@ def _level(ax: "Axes", value: float, label: str, **line: Any) -> None:
     ax.axhline(value, linewidth=1.2, label="" if known else label, **line)
 
 
-def _colors(count: int) -> np.ndarray:
+def order_colors(count: int) -> list[str]:
+    """Colours, `#rrggbb`, of what follows each other, such as layers in depth."""
     import matplotlib
+    from matplotlib.colors import to_hex
 
-    return matplotlib.colormaps[COLORS](np.linspace(0, 0.9, count) if count > 1 else [0.35])
+    places = np.linspace(0, 0.9, count) if count > 1 else [0.35]
+    return [to_hex(matplotlib.colormaps[COLORS](place)) for place in places]
 
 
 def _depth_key(ax: "Axes", names: list[str]) -> None:
@@ -225,7 +228,7 @@ def _depth_key(ax: "Axes", names: list[str]) -> None:
     import matplotlib
     from matplotlib.colors import ListedColormap, Normalize
 
-    colors = ListedColormap(_colors(len(names)))
+    colors = ListedColormap(order_colors(len(names)))
     scale = matplotlib.cm.ScalarMappable(Normalize(-0.5, len(names) - 0.5), colors)
     places = thinned(len(names), MOST_IN_LEGEND)
     bar = ax.figure.colorbar(scale, ax=ax, ticks=places)
@@ -245,7 +248,8 @@ def _point(epochs: Any) -> dict[str, Any]:
     return {"marker": "o"} if len(epochs) == 1 else {}
 
 
-def _in_words(metric: str) -> str:
+def in_words(metric: str) -> str:
+    """A metric as axes name it."""
     return {"loss": "loss, nats"}.get(metric, metric.replace("_", " "))
 
 

@@ -23,7 +23,7 @@ from keras_probes.view.layout import thinned
 CONVERGED = 1e-2  # nats; of a probe that trained online
 BAR = 30  # characters
 MOST_BARS = 40
-_OF_FIT = ("l2", "converged", "code_length")  # metrics that a probe has once
+ONCE = ("l2", "converged", "code_length")  # metrics that a probe has once
 _AS_TEXT: dict[str, Any] = {
     "float_format": "{:.4f}".format,
     "formatters": {"l2": "{:.0e}".format, "certificate": "{:.0e}".format},
@@ -68,7 +68,7 @@ def table(
     if shown["certificate"].notna().any():
         certificate = shown["certificate"].reindex(table.index)
         table = table.assign(certificate=certificate, converged=certificate <= CONVERGED)
-    for once in _OF_FIT:
+    for once in ONCE:
         of_tap = {r.tap: r.value for r in results.rows if (r.metric, r.target) == (once, name)}
         if of_tap:
             values = pd.Series(of_tap).reindex(table.index)

@@ -21,6 +21,7 @@ import tensorflow as tf
 from keras_probes.results import ProbeResults, Row
 from keras_probes.view.graph import graph_of, rendered
 from keras_probes.view.plots import plot_depth
+from keras_probes.view.table import ONCE
 
 _TOGETHER = "all layers"  # the run of what is about all of them
 _HOST = "the model itself"
@@ -32,8 +33,10 @@ class TensorBoardWriter:
 
     Tags are `probe_<metric>/<split>`, with a named target `probe_<target>_<metric>/<split>`. The
     step is the epoch, as in Keras's own TensorBoard callback; where a further fit begins at an
-    epoch that was written before, it goes on from the last. Measures of some batches have tags
-    that begin with `batch_`, and the number of batches as their step.
+    epoch that was written before, it goes on from the last. Measures of some batches are
+    `probe_<metric>_by_batch/train`, and the number of batches is their step; the table and the
+    pictures are `probe_<metric>_by_layer/<what>`. TensorBoard sorts tags, and shows the curves of
+    all layers' errors first.
 
     Args:
         log_dir: The log directory; it may be that of Keras's callback.
@@ -81,7 +84,7 @@ class TensorBoardWriter:
     def write_batches(self, results: ProbeResults) -> None:
         """Writes measures of the batches up to each row's step."""
         for row in results.rows:
-            self._write_scalars(results, [row], row.step, "batch_")
+            self._write_scalars(results, [row], row.step, "_by_batch")
 
     def close(self) -> None:
         """Closes the event files."""
@@ -98,14 +101,16 @@ class TensorBoardWriter:
             self._described = True
 
     def _write_scalars(
-        self, results: ProbeResults, rows: Iterable[Row], step: int, prefix: str = ""
+        self, results: ProbeResults, rows: Iterable[Row], step: int, suffix: str = ""
     ) -> None:
         places = {tap.name: place for place, tap in enumerate(results.taps)}
         for row in rows:
+            if row.metric in ONCE:
+                continue  # it is in the table: there is no curve
             # A slash would make a run of its own depth, and `..` leave the directory.
             run = f"{places[row.tap]:03d} {re.sub(r'[^A-Za-z0-9_.#:-]', '_', row.tap)}"
             with self._writer(run).as_default():
-                tf.summary.scalar(prefix + _tag(row), row.value, step=step)
+                tf.summary.scalar(_tag(row, suffix), row.value, step=step)
 
     def _write_together(
         self, results: ProbeResults, target: str | None, epoch: int, step: int
@@ -115,7 +120,7 @@ class TensorBoardWriter:
         Pictures are left out where what draws them is not installed.
         """
         metric = next(row.metric for row in results.rows if row.target == target)
-        name = f"probe_{metric}" if target is None else f"probe_{target}_{metric}"
+        name = f"{_group(metric, target)}_by_layer"
         table = results.table(metric, epoch=epoch, target=target)
         tf.summary.text(f"{name}/table", _markdown(table), step=step)
         asked: dict[str, Any] = {"metric": metric, "epoch": epoch, "target": target}
@@ -134,9 +139,12 @@ class TensorBoardWriter:
         return self._writers[run]
 
 
-def _tag(row: Row) -> str:
-    target = "probe" if row.target is None else f"probe_{row.target}"
-    return f"{target}_{row.metric}/{row.split}"
+def _tag(row: Row, suffix: str = "") -> str:
+    return f"{_group(row.metric, row.target)}{suffix}/{row.split}"
+
+
+def _group(metric: str, target: str | None) -> str:
+    return f"probe_{metric}" if target is None else f"probe_{target}_{metric}"
 
 
 def _depth_curve(results: ProbeResults, **asked: Any) -> bytes:

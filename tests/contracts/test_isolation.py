@@ -99,6 +99,35 @@ def test_shared_mode_agrees_up_to_rounding_where_a_tap_touches_a_fusion(digits, 
         np.testing.assert_allclose(probed[key], values, rtol=1e-4)
 
 
+class Sizes(keras.Model):
+    """Remembers the batch sizes that its test step was traced for."""
+
+    traced: list
+
+    def test_step(self, data):
+        self.traced.append(data[0].shape[0])
+        return super().test_step(data)
+
+
+def test_isolated_mode_takes_the_traces_that_earlier_fits_made(digits):
+    """A random host in bfloat16: another trace for a size that is known changes last bits."""
+    (x, y), (val_x, val_y) = digits
+
+    def traced(callbacks):
+        inputs = keras.Input((8, 8, 1))
+        host = Sizes(inputs, keras.layers.Dense(10, "softmax")(keras.layers.Flatten()(inputs)))
+        host.traced = []
+        compiled(host)
+        for batch_size in (16, 20):  # 20 examples: a ragged end, and none
+            host.fit(
+                x[:48], y[:48], batch_size=batch_size, verbose=0, callbacks=callbacks,
+                validation_data=(val_x[:20], val_y[:20]),
+            )  # fmt: skip
+        return host.traced
+
+    assert traced([LinearProbeCallback("input", mode="isolated")]) == traced([]) == [None]
+
+
 class HostWithProbeInItsLoss(keras.Model):
     """Adds the loss of a trained probe model to its own, as a careless plugin would."""
 

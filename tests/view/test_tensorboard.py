@@ -75,7 +75,7 @@ def test_every_n_batches_on_request(digits, tmp_path):
         .history
     )
     run = read(tmp_path)["probes/000 input"]
-    logged = run["batch_probe_error/train"]
+    logged = run["probe_error_by_batch/train"]
     assert [step for step, _ in logged] == [3, 6, 9, 13, 16, 19]  # the sums begin with each epoch
     assert len(run["probe_error/train"]) == 2
     # The mean of ten batches is that of nine, and of one that is an error or none.
@@ -101,30 +101,29 @@ def test_files_are_closed_after_an_exception(digits, tmp_path):
         fit(digits, tmp_path, probes, Stop())
     gc.collect()
     assert not probes._writer._writers
-    assert len(read(tmp_path)["probes/000 input"]["batch_probe_error/train"]) == 3
+    assert len(read(tmp_path)["probes/000 input"]["probe_error_by_batch/train"]) == 3
 
 
 def test_table_curve_and_graph_of_each_epoch(digits, tmp_path):
     probes = LinearProbeCallback(["input", "dense:preactivation"], log_dir=tmp_path)
     fit(digits, tmp_path, probes)
     run = read(tmp_path)["probes/all layers"]
-    pictures = {"probe_error/depth", "probe_error/graph"} if shutil.which("dot") else {
-        "probe_error/depth"
-    }  # fmt: skip
-    assert set(run) == {"probe_error/table", *pictures}
+    drawn = ["depth", "graph"] if shutil.which("dot") else ["depth"]
+    pictures = {f"probe_error_by_layer/{name}" for name in drawn}
+    assert set(run) == {"probe_error_by_layer/table", *pictures}
     assert all([step for step, _ in events] == [0, 1, 2] for events in run.values())
     for name in pictures:
         width, height, png = run[name][-1][1]
         assert tf.io.decode_png(png).shape[:2] == (int(height), int(width))
         assert min(int(width), int(height)) > 100
-    (text,) = run["probe_error/table"][1][1].ravel()
+    (text,) = run["probe_error_by_layer/table"][1][1].ravel()
     error = probes.results.table(epoch=1)["validation error"]["input"]
     assert f"| {error:.4g} |" in text.decode().splitlines()[2]
 
 
 def test_names_in_the_table_are_escaped(tmp_path):
     TensorBoardWriter(tmp_path).write(results_of({"input": 0.5, "a|<script>": 0.1}), 0)
-    (text,) = read(tmp_path)["probes/all layers"]["probe_error/table"][0][1].ravel()
+    (text,) = read(tmp_path)["probes/all layers"]["probe_error_by_layer/table"][0][1].ravel()
     assert "a&#124;&lt;script&gt;" in text.decode()
 
 
@@ -203,8 +202,8 @@ def test_a_real_tensorboard_serves_all_curves_table_and_pictures(digits, tmp_pat
     assert {"mode", "layers", "seed"} <= {p["name"] for p in experiment["hparamInfos"]}
     measured = {(m["name"]["group"], m["name"]["tag"]) for m in experiment["metricInfos"]}
     assert ("001 dense:preactivation", "probe_error/validation") in measured
-    assert "probe_error/depth" in ask("data/plugin/images/tags")["probes/all layers"]
-    assert "probe_error/table" in ask("data/plugin/text/tags")["probes/all layers"]
+    assert "probe_error_by_layer/depth" in ask("data/plugin/images/tags")["probes/all layers"]
+    assert "probe_error_by_layer/table" in ask("data/plugin/text/tags")["probes/all layers"]
 
 
 @pytest.mark.parametrize("name", ["..", "a..b", "a>b"])
