@@ -23,6 +23,7 @@ TEST = [
     *OFFLINE,
     *EXAMPLES,
     "hypothesis>=6.100,<7",
+    "mlflow-skinny>=3.1,<4",
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "scikit-learn>=1.6,<2",

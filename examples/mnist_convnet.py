@@ -108,6 +108,7 @@ def main() -> None:
     axes.figure.savefig(args.out / "errors.png", dpi=150)
     if shutil.which("dot"):  # Graphviz, which pip does not install
         plot_probed_model(model, after.results, args.out / "model.svg")
+    after.results.report(args.out / "probes.html")
 
     before.results.save(args.out / "before")
     after.results.save(args.out / "after")

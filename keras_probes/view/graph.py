@@ -49,7 +49,8 @@ def plot_probed_model(
         epoch: Which moment, from 0; the latest by default.
         split: Which split; by default the last measured of train, validation and test.
         target: Which target; may be left out if there is only one.
-        condensed: Leaves out the layers that are not probed, so that a deep host fits a page.
+        condensed: Leaves out the layers that are not probed, and gives each a single line, so that
+            a deep host fits a page.
 
     Returns:
         The path.
@@ -108,13 +109,15 @@ def graph_of(
     places = {tap.name: place for place, tap in enumerate(results.taps)}
 
     dot = pydot.Dot(
-        "probed", graph_type="digraph", rankdir="TB", nodesep="0.25", ranksep="0.3",
+        "probed", graph_type="digraph", rankdir="TB", nodesep="0.25",
+        ranksep="0.13" if condensed else "0.3",
         label=_key(color_of, split, metric, title), labelloc="b", **_FONT,
     )  # fmt: skip
     for node in nodes:
         measured = frame["value"].get(node.name, np.nan)
         fill = color_of(measured) if np.isfinite(measured) else _PLAIN
-        box = {"shape": "box", "style": "filled,rounded", "fillcolor": fill, "label": _label(node)}
+        box = {"shape": "box", "style": "filled,rounded", "fillcolor": fill}
+        box |= {"label": _label(node, in_a_line=condensed), "height": "0.25", "margin": "0.1,0.04"}
         if node.name not in probed:
             dot.add_node(pydot.Node(ids[node.name], **box, **_FONT))
             continue
@@ -187,11 +190,11 @@ def ink(fill: str) -> str:
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else "#ffffff"
 
 
-def _label(node: Node) -> str:
+def _label(node: Node, *, in_a_line: bool) -> str:
     """HTML-like, since names may hold whatever plain labels take for something else."""
     below = html.escape(f"{node.layer}  {shape_text(node.shape)}")
-    gap = '<FONT POINT-SIZE="3"> <BR/></FONT>'
-    return f'<<B>{html.escape(node.name)}</B><BR/>{gap}<FONT POINT-SIZE="9">{below}</FONT>>'
+    gap = "  " if in_a_line else '<BR/><FONT POINT-SIZE="3"> <BR/></FONT>'
+    return f'<<B>{html.escape(node.name)}</B>{gap}<FONT POINT-SIZE="9">{below}</FONT>>'
 
 
 def _key(color_of: ColorScale, split: str, metric: str, title: str) -> str:

@@ -3,6 +3,8 @@
 import csv
 
 import keras
+import mlflow
+import mlflow.keras
 import numpy as np
 import pytest
 from hosts import compiled, dense_net, fingerprint
@@ -119,3 +121,21 @@ def test_a_host_that_turns_nan_leaves_the_probes_usable(digits):
     frame = probes.results.frame()
     assert (frame.loc[frame["tap"] == "dense", "n"] < 320).all()
     assert all(np.isfinite(w).all() for tap in ("input", "dense") for w in probes.weights(tap))
+
+
+def test_curves_reach_mlflow_through_the_logs(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "runs").as_uri())
+    (x, y), validation = digits
+    probes = LinearProbeCallback(["input", "dense:preactivation"])
+    with mlflow.start_run() as run:
+        history = compiled(dense_net()).fit(
+            x, y, epochs=2, verbose=0, validation_data=validation,
+            callbacks=[probes, mlflow.keras.MlflowCallback()],
+        ).history  # fmt: skip
+    mlflow.flush_async_logging()
+    client = mlflow.MlflowClient()
+    for key in ("probe_error/input", "val_probe_loss/dense:preactivation"):
+        logged = client.get_metric_history(run.info.run_id, key)
+        assert [measure.step for measure in logged] == [0, 1]
+        assert [measure.value for measure in logged] == pytest.approx(history[key])

@@ -79,7 +79,14 @@ def test_the_example_ends_in_the_table_and_the_files(tmp_path):
     }
     # Figure 3: random features already separate the digits better than pixels do.
     assert errors["conv2_postpool"] < errors["input"] < 0.15
-    for name in ("after/probes.json", "before/probes.json", "errors.csv", "errors.png", "logs"):
+    for name in (
+        "after/probes.json",
+        "before/probes.json",
+        "errors.csv",
+        "errors.png",
+        "logs",
+        "probes.html",
+    ):
         assert (tmp_path / "out" / name).exists()
 
 

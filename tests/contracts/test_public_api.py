@@ -45,6 +45,7 @@ def test_signature_of_the_callback():
         "every": 1,
         "baselines": (),
         "log_dir": None,
+        "update_freq": "epoch",
         "backup_dir": None,
         "seed": 0,
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import json
 import pathlib
 import re
@@ -13,10 +14,15 @@ import urllib.parse
 import urllib.request
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from hosts import compiled, dense_net
+from keras import layers
 from made import results_of
+from PIL import Image
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from keras_probes import LinearProbeCallback
@@ -175,6 +181,7 @@ def served(tmp_path):
         for line in process.stdout:
             if found := re.search(r"http://\S+", line):
                 at.append(found[0])
+                ask.address = found[0]
                 return ask
         raise AssertionError("TensorBoard did not start")
 
@@ -204,6 +211,46 @@ def test_a_real_tensorboard_serves_all_curves_table_and_pictures(digits, tmp_pat
     assert ("001 dense:preactivation", "probe_error/validation") in measured
     assert "probe_error_by_layer/depth" in ask("data/plugin/images/tags")["probes/all layers"]
     assert "probe_error_by_layer/table" in ask("data/plugin/text/tags")["probes/all layers"]
+
+
+@pytest.mark.slow
+def test_the_first_page_shows_all_layers_in_one_chart(digits, tmp_path, served, browser):
+    """Its screenshot is the documents' docs/images/tensorboard.png."""
+    blocks = [
+        layer
+        for place in range(3)
+        for layer in (
+            layers.Conv2D(8, 3, padding="same", name=f"block{place}_conv"),
+            layers.ReLU(name=f"block{place}_relu"),
+        )
+    ]
+    head = [layers.GlobalAveragePooling2D(name="pool"), layers.Dense(10, "softmax", name="out")]
+    model = compiled(keras.Sequential([keras.Input((8, 8, 1)), *blocks, *head]))
+    probes = LinearProbeCallback(reduce="gap", log_dir=tmp_path)
+    fit(digits, tmp_path, probes, model=model, batch_size=8)
+    ask = served()
+    ask("data/plugin/scalars/tags")
+    browser.get(ask.address + "#timeseries")
+    cards = WebDriverWait(browser, 60).until(
+        lambda _: browser.find_elements(By.CSS_SELECTOR, "scalar-card")[:2]
+    )
+    WebDriverWait(browser, 60).until(lambda _: "out" in cards[1].get_property("textContent"))
+    for card, split in zip(cards, ("train", "validation"), strict=True):
+        shown = card.get_property("textContent")
+        assert f"probe_error/{split}" in shown
+        places = [shown.index(f"probes/{i:03d} ") for i in range(len(probes.results.taps))]
+        assert places == sorted(places)  # in depth order
+        assert "probes/the model itself" in shown
+    WebDriverWait(browser, 60).until(lambda _: all(map(colored_pixels, cards)))
+    browser.save_screenshot(str(tmp_path / "tensorboard.png"))
+
+
+def colored_pixels(card):
+    """Number of pixels of a card's curves: grid, axes and numbers are grey."""
+    with Image.open(io.BytesIO(card.screenshot_as_png)) as image:
+        saturation = np.asarray(image.convert("HSV"))[..., 1]
+    upper_half = saturation[: len(saturation) // 2]
+    return np.count_nonzero(upper_half > 100)
 
 
 @pytest.mark.parametrize("name", ["..", "a..b", "a>b"])
