@@ -105,6 +105,7 @@ def extract_features(
         },
         "targets": [{"name": t.name, "num_classes": t.num_classes} for t in targets],
         "weighted": weight_spec is not None,
+        "predicted": [t.name for t in targets if t.predictions(plan.graph.outputs) is not None],
         "class_names": class_names or getattr(data, "class_names", None),
         "host": {"name": model.name, "class": type(model).__name__, "sha256": _sha256(model)},
         "first_example": _sha256_of_first(first),

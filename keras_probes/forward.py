@@ -43,14 +43,20 @@ class ForwardPass:
 
         Returns:
             Features, shape (batch, n_features); labels, int32, shape (batch,), -1 for one that is
-            missing or out of range; weights, float32, shape (batch,), where samples have one.
+            missing or out of range; weights, float32, shape (batch,), where samples have one; the
+            host's predictions, int32, shape (batch,), where it has an output for the target.
         """
-        features, labels, weights = self._run(batch)
+        features, labels, weights, predicted = self._run(batch)
         names = [target.name for target in self._targets]
         return {
             **{("tap", tap): part for tap, part in features.items()},
             **{("labels", name): part for name, part in zip(names, labels, strict=True)},
             **{("weights", name): part for name, part in zip(names, weights, strict=False)},
+            **{
+                ("predictions", name): part
+                for name, part in zip(names, predicted, strict=True)
+                if part is not None
+            },
         }
 
     def labels(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
@@ -58,12 +64,13 @@ class ForwardPass:
         x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
         return {("labels", target.name): target.labels(x, y) for target in self._targets}
 
-    def _forward(self, batch: Any) -> tuple[dict[str, tf.Tensor], list, list]:
+    def _forward(self, batch: Any) -> tuple[dict[str, tf.Tensor], list, list, list]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        features = {
-            tap: tf.cast(part, self._dtype) for tap, part in self._plan.features_of(x).items()
-        }
+        raw, outputs = self._plan.run(x)
+        features = {tap: tf.cast(part, self._dtype) for tap, part in raw.items()}
+        predicted = [target.predictions(outputs) for target in self._targets]
         labels = [target.labels(x, y) for target in self._targets]
         pairs = zip(self._targets, labels, strict=True)
         weighted = sample_weight is not None
-        return features, labels, [t.weights(sample_weight, of) for t, of in pairs if weighted]
+        weights = [t.weights(sample_weight, of) for t, of in pairs if weighted]
+        return features, labels, weights, predicted

@@ -311,3 +311,19 @@ def test_two_fits_are_the_same_bit_for_bit(store, results):
     keras.utils.set_random_seed(99)
     for key, probe in quiet(store).probes.items():
         np.testing.assert_array_equal(probe.kernel, results.probes[key].kernel)
+
+
+def test_the_hosts_own_error_stands_beside_each_probes(data, tmp_path):
+    x, y = data
+    model = dense_net()
+    targets = {"digit": None, "is_even": lambda x, y: 1 - y % 2}
+    options = {"target": targets, "num_classes": {"is_even": 2}}
+    store = extract(tmp_path / "s", data, model, **options)
+    predicted = model.predict(x, verbose=0).argmax(axis=1)
+    np.testing.assert_array_equal(store.predictions("digit"), predicted)
+    assert store.predictions("is_even") is None  # no output has two columns
+    results = quiet(store, validation=extract(tmp_path / "v", (x[:50], y[:50]), model, **options))
+    measured = results.measured(split="validation", target="digit")["host"]
+    np.testing.assert_allclose(measured, np.mean(predicted[:50] != y[:50]))
+    assert results.measured("loss", target="digit")["host"].isna().all()
+    assert results.measured(target="is_even")["host"].isna().all()

@@ -47,6 +47,20 @@ class Target:
             labels = tf.cast(flat, tf.int32)
         return tf.where(valid, labels, -1)
 
+    def predictions(self, outputs: Any) -> Any:
+        """The host's own answers to a batch.
+
+        Args:
+            outputs: What the host returned, or the structure of `tf.TensorSpec` of that.
+
+        Returns:
+            int32, shape (batch,); `None` where no output has a column for each class.
+        """
+        output = _output_of(self.select, outputs)
+        if output is None or output.shape[1:] != [self.num_classes]:
+            return None
+        return tf.argmax(output, axis=1, output_type=tf.int32) if tf.is_tensor(output) else output
+
     def refuse(self, unlabelled: int, total: int) -> None:
         """Raises a `ValueError` if `unlabelled` of `total` labels are none."""
         if unlabelled:
@@ -256,14 +270,19 @@ def _infer_classes(select: Select, labels: tf.TensorSpec | None, outputs: Any) -
     """One-hot labels tell; else the host's output of the same key does (one column: binary)."""
     if labels is not None and labels.shape.rank == 2 and (labels.shape[1] or 0) > 1:
         return labels.shape[1]
-    output = None
-    if select is None and len(keras.tree.flatten(outputs)) == 1:
-        output = keras.tree.flatten(outputs)[0]
-    elif isinstance(select, (str, int)):
-        with contextlib.suppress(KeyError, IndexError, TypeError):
-            output = outputs[select]
+    output = _output_of(select, outputs)
     shape = getattr(output, "shape", None)
     return max(shape[1], 2) if shape is not None and shape.rank == 2 and shape[1] else None
+
+
+def _output_of(select: Select, outputs: Any) -> Any:
+    """The host's output that goes with labels: the only one, or that of the same key."""
+    if select is None and len(keras.tree.flatten(outputs)) == 1:
+        return keras.tree.flatten(outputs)[0]
+    if isinstance(select, (str, int)):
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            return outputs[select]
+    return None
 
 
 def _check(name: str | None, select: Select, labels: tf.TensorSpec, count: Any) -> None:

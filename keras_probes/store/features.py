@@ -35,7 +35,7 @@ _IDENTITY = ("host", "first_example", "rows", "taps", "reductions", "targets", "
 _WRITE = {"write_empty_chunks": True}
 
 # What an array of rows holds, and of which tap or target.
-ArrayName = tuple[Literal["tap", "labels", "weights"], str | None]
+ArrayName = tuple[Literal["tap", "labels", "weights", "predictions"], str | None]
 
 
 class FeatureStore:
@@ -142,6 +142,14 @@ class FeatureStore:
         """Returns the sample weights of all rows, float32, shape (n,); `None` if there are none."""
         return self._of_target("weights", target)[:] if self.manifest["weighted"] else None
 
+    def predictions(self, target: str | None = None) -> np.ndarray | None:
+        """Returns the host's own answers for all rows, int32, shape (n,).
+
+        They are `None` where the host has no output with a column for each class of the target.
+        """
+        known = target in self.manifest["predicted"]
+        return self._of_target("predictions", target)[:] if known else None
+
     def check_tap(self, tap: str) -> None:
         """Raises a `ValueError` if there is no such tap."""
         names = [info.name for info in self.taps]
@@ -216,8 +224,8 @@ class FeatureStore:
 
         Args:
             chunk: Its number.
-            arrays: Its rows: of each tap, of the labels of each target, and of the weights of each
-                target if there are sample weights.
+            arrays: Its rows: of each tap, of the labels of each target, of the weights of each
+                target if there are sample weights, and of the host's predictions where it has any.
 
         Raises:
             OSError: The disk is full, or can't be written for another reason. Chunks that were
@@ -289,7 +297,9 @@ class FeatureStore:
         what = name[0] if name[1] is None else f"{name[0]} {name[1]!r}"
         return StoredArray(array, self.path, dtype, what)
 
-    def _of_target(self, kind: Literal["labels", "weights"], target: str | None) -> "StoredArray":
+    def _of_target(
+        self, kind: Literal["labels", "weights", "predictions"], target: str | None
+    ) -> "StoredArray":
         if target not in self.targets:
             raise ValueError(
                 f"Unknown target. Received: target={target!r}. The store has labels for "
@@ -389,7 +399,7 @@ def _has_manifest(path: pathlib.Path) -> bool:
 def _is_ours(path: pathlib.Path) -> bool:
     """Whether a directory is a store, or one whose making was interrupted."""
     names = [file.name for file in path.iterdir()] if path.is_dir() else [""]
-    own = re.compile(r"zarr\.(json|\w+\.partial)|(tap|labels|weights)(_\d{3}_.*)?")
+    own = re.compile(r"zarr\.(json|\w+\.partial)|(tap|labels|weights|predictions)(_\d{3}_.*)?")
     return _has_manifest(path) or all(own.fullmatch(name) for name in names)
 
 
@@ -409,6 +419,8 @@ def _keys(manifest: Mapping[str, Any]) -> dict[ArrayName, str]:
         keys["labels", name] = key("labels", place, name)
         if manifest["weighted"]:
             keys["weights", name] = key("weights", place, name)
+        if name in manifest["predicted"]:
+            keys["predictions", name] = key("predictions", place, name)
     return keys
 
 
@@ -425,7 +437,7 @@ def _make_arrays(
     for (kind, name), key in _keys(manifest).items():
         about: dict[str, Any] = {kind: name}
         if kind != "tap":
-            dtype = "int32" if kind == "labels" else "float32"
+            dtype = "float32" if kind == "weights" else "int32"
             _make(group, key, (rows,), (chunk_rows,), dtype, ("row",), about)
             continue
         width = next(tap["features"] for tap in manifest["taps"] if tap["name"] == name)

@@ -132,16 +132,23 @@ class TapPlan:
         return {t.tap.name: t.features(recording.tensors[t.tap.site]) for t in self.taps}
 
     def features_of(self, x: Any) -> dict[str, tf.Tensor]:
-        """Runs the host at inference and returns the features of each tap, as `features`.
+        """The features of each tap at inference, as `run` says."""
+        return self.run(x)[0]
+
+    def run(self, x: Any) -> tuple[dict[str, tf.Tensor], Any]:
+        """Runs the host at inference.
 
         Args:
             x: What the host takes.
+
+        Returns:
+            The features of each tap, as `features`, and what the host returns.
         """
         values = [(own, tf.convert_to_tensor(other)) for own, other in self.other_weights]
         # A stateless scope takes any assignment to a Keras variable upon itself.
         with record_calls(self.host, self.layers()) as recording, keras.StatelessScope(values):
-            call_at_inference(self.host, x)
-        return self.features(recording)
+            outputs = call_at_inference(self.host, x)
+        return self.features(recording), outputs
 
     def with_weights_as_now(self) -> "TapPlan":
         """The same taps of the host as it is now, whatever becomes of it."""
