@@ -33,6 +33,10 @@ from keras_probes.probes.settle import ENOUGH, Settled, settle
 # be learned by heart, noisy ones most of all.
 PRIOR = 1.5
 
+# Averages of weights and their penalty move more memory than Adam does. After FEW steps, one of
+# PACE takes them upon itself for all: averages are over many more steps than that by then.
+FEW, PACE = 128, 8
+
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
 Sums = Mapping[str | None, Mapping[str, Mapping[str, float]]]  # by target, tap, name in SUMS
@@ -116,9 +120,11 @@ class ProbeSet:
         # Running loss before the update, in the same order.
         self._loss = keras.Variable(np.zeros(shape[0]), dtype="float32", name="loss", **SAME)
         self.optimizer.build(self._trainable())
+        self._pace = PACE
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             # What it gets are sums over the replicas already.
             self.optimizer._all_reduce_sum_gradients = lambda pairs: pairs
+            self._pace = 1  # replicas can't agree on a variable within a condition
 
     def train(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch, then takes one step on it.
@@ -137,7 +143,7 @@ class ProbeSet:
         z = self._standardized(x)
         sums = self._add_up("train", z, finite, labels, weights)
 
-        penalties = iter(self._penalties(sums))
+        penalties, pace = iter(self._penalties(sums)), self._steps_to_make_up_for()
         gradients: list[tf.Tensor] = []
         for target in self.targets:
             heads = [group.heads[target] for group in self._groups]
@@ -146,10 +152,10 @@ class ProbeSet:
             residual = residual_of(tf.concat(logits, axis=0), labels[target], weight)
             parts = tf.split(residual, [len(group.taps) for group in self._groups])
             for head, of_group, part in zip(heads, z, parts, strict=True):
-                gradients += head.gradients(of_group, part, next(penalties))
+                gradients += head.gradients(of_group, part, next(penalties), pace)
         self.optimizer.apply(gradients, self._trainable())
         self._steps.assign_add(1.0)
-        rate = averaging_rate(tf.convert_to_tensor(self._steps))
+        rate = 1.0 - (1.0 - averaging_rate(tf.convert_to_tensor(self._steps))) ** pace
         for heads in self._heads():
             heads.average(rate)
 
@@ -218,6 +224,12 @@ class ProbeSet:
     def _standardized(self, x: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         pairs = zip(self._groups, x, strict=True)
         return [group.standardize.standardized(of_group) for group, of_group in pairs]
+
+    def _steps_to_make_up_for(self) -> tf.Tensor:
+        """For how many steps the coming one takes penalty and average upon itself; 0 for none."""
+        step = self._steps + 1.0
+        turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
+        return tf.where(step < FEW, 1.0, turn)
 
     def _penalties(self, sums: tf.Tensor) -> list[tf.Tensor]:
         """The l2 penalty of each of `_heads`, shape (n_taps, 1, 1).

@@ -87,6 +87,29 @@ def test_gradients_by_finite_differences(make):
             assert float(gradient[index]) == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6)
 
 
+def test_of_many_steps_one_in_eight_takes_average_and_penalty():
+    x, labels = blobs(n=160 * 10, num_classes=3)
+    probes = probe_set({"tap": 5}, num_classes=3)
+    (layer,) = probes._heads()
+    mean = np.zeros(layer.kernel.shape)
+    for step in range(1, 161):
+        part = slice(10 * step - 10, 10 * step)
+        show(probes.train, {"tap": x[part]}, labels[part])
+        rate = max(9 / (step + 8), 1 / heads.HORIZON)
+        if step >= 128:
+            rate = 1 - (1 - rate) ** 8 if step % 8 == 0 else 0.0
+        mean += rate * (np.asarray(layer.kernel) - mean)
+        np.testing.assert_allclose(layer.mean_kernel, mean, rtol=1e-4, atol=1e-6)
+
+    z, residual = RNG.normal(size=(1, 6, 5)), RNG.normal(size=(1, 6, 3))
+    z, residual = tf.constant(z, "float32"), tf.constant(residual, "float32")
+    (plain, _), (none, _), (double, _) = (
+        layer.gradients(z, residual, 0.3, pace) for pace in (1.0, 0.0, 2.0)
+    )
+    np.testing.assert_allclose(plain - none, 0.3 * np.asarray(layer.kernel), atol=1e-5)
+    np.testing.assert_allclose(double - plain, plain - none, atol=1e-5)
+
+
 def test_standardize_follows_the_weighted_statistics_of_its_batches():
     layer = Standardize(n_taps=1, n_features=3)
     total, mean, second = 0.0, np.zeros(3), np.zeros(3)
