@@ -229,8 +229,9 @@ def main():
     if args.what == "import":
         imports(args)
         return
-    limits(args)
+    # First, since on Linux a process begins with the most memory that its parent had.
     (in_turns if args.what == "step" else apart)(args)
+    limits(args)
 
 
 if __name__ == "__main__":

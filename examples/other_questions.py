@@ -1,0 +1,105 @@
+"""Other questions of the same layers (the paper's section 3.6): what does a classifier keep?
+
+A convnet learns to tell digits, turned by 0 to 3 quarters, whatever way they are turned. Probes ask
+each of its layers four questions at once: which digit, odd or even, turned how far, drawn how
+thickly; and, as a control, for labels at random.
+"""
+
+import argparse
+import pathlib
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+from images import mnist
+from keras import layers
+
+from keras_probes import LinearProbeCallback
+
+
+def turned(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each image by a number of quarters; labels are digit + 10 * quarters."""
+    quarters = np.random.default_rng(seed).integers(0, 4, len(x))
+    x = np.stack([np.rot90(image, k) for image, k in zip(x, quarters, strict=True)])
+    return x, y + 10 * quarters
+
+
+def build_convnet() -> keras.Model:
+    """Two convolutions and two fully connected layers."""
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Conv2D(32, 5, padding="same", activation="relu", name="conv1"),
+            layers.MaxPooling2D(name="pool1"),
+            layers.Conv2D(64, 5, padding="same", activation="relu", name="conv2"),
+            layers.MaxPooling2D(name="pool2"),
+            layers.Flatten(),
+            layers.Dense(128, activation="relu", name="fc1"),
+            layers.Dense(128, activation="relu", name="fc2"),
+            layers.Dense(10, activation="softmax", name="digits"),
+        ]
+    )
+
+
+def digit_loss(y: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
+    """The loss of a classifier that is asked for the digit alone."""
+    return keras.losses.sparse_categorical_crossentropy(y % 10, p)
+
+
+def main() -> None:
+    """Prints the error of each question at each layer, and writes figure and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="an .npz file with x_train, y_train, ...; or mnist")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("other_questions_out"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one epoch")
+    args = parser.parse_args()
+
+    keras.utils.set_random_seed(args.seed)
+    train, test = (turned(*part, args.seed) for part in mnist(args.data, args.seed))
+    thirds = [float(third) for third in np.quantile(train[0].mean(axis=(1, 2, 3)), [1 / 3, 2 / 3])]
+
+    def thickness(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:  # noqa: ARG001
+        ink = tf.reduce_mean(x, axis=[1, 2, 3])
+        return tf.cast(ink > thirds[0], tf.int32) + tf.cast(ink > thirds[1], tf.int32)
+
+    questions = {
+        "digit": lambda _, y: y % 10,
+        "odd": lambda _, y: y % 2,
+        "quarters": lambda _, y: y // 10,
+        "thickness": thickness,
+    }
+    classes = {"digit": 10, "odd": 2, "quarters": 4, "thickness": 3}
+    model = build_convnet()
+    model.compile("adam", digit_loss)
+    probes = LinearProbeCallback(target=questions, num_classes=classes, baselines=["shuffled"])
+    model.fit(
+        *train, batch_size=64, epochs=1 if args.quick else args.epochs, validation_data=test,
+        callbacks=[probes], verbose=2,
+    )  # fmt: skip
+
+    results = probes.results
+    table = pd.DataFrame({name: results.measured(target=name)["value"] for name in questions})
+    table["random"] = results.measured(target="digit_shuffled")["value"]
+    table.loc["(guessing)"] = [
+        results.measured(target=name)["majority"].iloc[-1]
+        for name in (*questions, "digit_shuffled")
+    ]
+    print(f"\nError on {len(test[0]):,} test images\n{table.to_string(float_format='%.3f')}")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    axes = None
+    for name in questions:
+        axes = results.plot(axes, target=name, label=name)
+    axes.set_title("")
+    axes.figure.savefig(args.out / "errors.png", dpi=150)
+    plt.close(axes.figure)
+    results.report(args.out / "probes.html")
+    table.to_csv(args.out / "errors.csv")
+
+
+if __name__ == "__main__":
+    main()
