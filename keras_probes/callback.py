@@ -324,7 +324,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         Args:
             path: Name of the file.
             target: The target, where it is or holds a function, which a file can't keep.
-            **options: `log_dir` and `backup_dir`, which belong to a machine and are not kept.
+            **options: `log_dir`, `update_freq` and `backup_dir`, which belong to a machine and are
+                not kept.
 
         Raises:
             FileNotFoundError: There is no such file.
