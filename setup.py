@@ -30,7 +30,7 @@ TEST = [
     "selenium>=4.25,<5",
     "xarray>=2025.1",
 ]
-DOCS: list[str] = []  # the documents are plain Markdown so far
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
 DEV = [
     "build==1.6.1",
     "import-linter==2.16",
