@@ -15,7 +15,7 @@ from keras import layers
 
 from keras_probes import LinearProbeCallback
 
-DEPTH, WIDTH = 128, 128
+WIDTH = 128
 
 
 def hidden(h: keras.KerasTensor, place: int) -> keras.KerasTensor:
@@ -23,24 +23,24 @@ def hidden(h: keras.KerasTensor, place: int) -> keras.KerasTensor:
     return layers.Dense(WIDTH, "relu", kernel_initializer="he_normal", name=f"hidden{place}")(h)
 
 
-def one_long_skip() -> keras.Model:
+def one_long_skip(depth: int) -> keras.Model:
     """The paper's network: from the first layer past the first half."""
     inputs = keras.Input((784,))
     first = h = hidden(inputs, 0)
-    for place in range(1, DEPTH):
-        if place == DEPTH // 2:
+    for place in range(1, depth):
+        if place == depth // 2:
             h = layers.Add(name="skip")([first, h])
         h = hidden(h, place)
     return keras.Model(inputs, layers.Dense(10, "softmax", name="head")(h), name="one_long_skip")
 
 
-def short_skips() -> keras.Model:
+def short_skips(depth: int) -> keras.Model:
     """The same layers, each two of them with a skip connection of their own."""
     inputs = keras.Input((784,))
     h = hidden(inputs, 0)
-    for place in range(1, DEPTH, 2):
+    for place in range(1, depth, 2):
         block = hidden(h, place)
-        if place + 1 < DEPTH:
+        if place + 1 < depth:
             block = hidden(block, place + 1)
         h = layers.Add(name=f"skip{place}")([h, layers.Rescaling(0.2)(block)])
     return keras.Model(inputs, layers.Dense(10, "softmax", name="head")(h), name="short_skips")
@@ -50,10 +50,10 @@ def main() -> None:
     """Trains both, prints the findings and writes figures and reports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="an .npz file with x_train, y_train, ...; or mnist")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("pathological_skip_out"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two epochs")
+    parser.add_argument("--quick", action="store_true", help="16 layers, 2 epochs")
     args = parser.parse_args()
 
     (x, y), (x_test, y_test) = mnist(args.data, args.seed)
@@ -61,11 +61,11 @@ def main() -> None:
     axes = None
     for make in (one_long_skip, short_skips):
         keras.utils.set_random_seed(args.seed)
-        model = make()
+        model = make(16 if args.quick else 128)
         model.compile(
-            keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy", metrics=["accuracy"]
+            keras.optimizers.SGD(0.002), "sparse_categorical_crossentropy", metrics=["accuracy"]
         )
-        probes = LinearProbeCallback(["input", "hidden*", "head"])
+        probes = LinearProbeCallback(["input", "hidden*", "skip*", "head"])
         model.fit(
             x, y, batch_size=32, epochs=2 if args.quick else args.epochs,
             validation_data=(x_test, y_test), callbacks=[probes], verbose=2,

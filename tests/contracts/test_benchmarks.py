@@ -37,7 +37,7 @@ def test_overhead_of_a_step():
         "overhead.py", "step", "--host", "mlp", "--probes", 3, "--steps", 4, "--rounds", 1
     )
     for name in ("bare", "shared", "isolated", "kept", "by hand"):
-        assert f"\n{name} " in printed
+        assert f"\n{name} " in f"\n{printed}"
     assert "GFLOP a step" in printed
     assert "settling" in printed
 
@@ -47,6 +47,7 @@ def test_overhead_of_a_process(what):
     options = ("--host", "mlp", "--probes", 1, "--steps", 4, "--rounds", 1)
     printed = run("overhead.py", what, *options, "--variants", "bare", "shared")
     assert "\nshared " in printed
+    assert "GFLOP a step" in printed
 
 
 def test_tracking(images, tmp_path):

@@ -91,6 +91,22 @@ def test_the_example_ends_in_the_table_and_the_files(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_example_of_other_questions(tmp_path):
+    printed = run_example("other_questions.py", tmp_path, "--quick")
+    table = printed.split("Error on 1,000 test images")[1]
+    errors = {
+        tap: [float(error) for error in re.findall(r"\d\.\d+", row)]
+        for tap, row in re.findall(r"^(\S+) +(.*)$", table, flags=re.MULTILINE)
+    }
+    digit, _, quarters, _, random = range(5)
+    # What the classifier is not asked for, its last layer knows least of.
+    assert errors["digits"][quarters] > 2 * errors["conv2"][quarters]
+    assert errors["conv2"][digit] < errors["input"][digit]
+    assert all(of_tap[random] > 0.8 for tap, of_tap in errors.items() if tap != "tap")
+    assert (tmp_path / "out" / "probes.html").exists()
+
+
+@pytest.mark.slow
 def test_the_example_of_a_frozen_model(tmp_path, digits):
     host().save(tmp_path / "model.keras")
     (x, y), (x_test, y_test) = digits
