@@ -671,3 +671,30 @@ def test_other_labels_for_the_same_probes(digits):
     model.compile("adam", lambda y_true, y_pred: keras.ops.mean(y_pred))
     with pytest.raises(ValueError, match="built for 10 classes"):
         model.fit(x, keras.utils.to_categorical(y % 4, 4), callbacks=[probes], verbose=0)
+
+
+def test_results_know_what_was_asked_and_by_which_versions(digits, tmp_path):
+    (x, y), _ = digits
+    model = compiled(dense_net())
+    probes = LinearProbeCallback(
+        [model.get_layer("dense"), keras.layers.Flatten, "input"],
+        reduce={"input": RandomFeatures(5, name="some"), "*": "gap"},
+        target={"digit": None, "odd": lambda _, y: y % 2},
+        num_classes={"odd": 2},
+        mode="isolated",
+    )
+    model.fit(x, y, callbacks=[probes], verbose=0)
+    assert probes.results.settings == {
+        "model": model.name,
+        "layers": "Dense dense, Flatten, input",
+        "reduce": "input: RandomFeatures some, *: gap",
+        "target": "digit: None, odd: "
+        "test_results_know_what_was_asked_and_by_which_versions.<locals>.<lambda>",
+        "num_classes": "odd: 2",
+        "every": 1,
+        "seed": 0,
+        "mode": "isolated",
+    }
+    assert probes.results.versions["keras"] == keras.__version__
+    probes.results.save(tmp_path)  # as JSON has it
+    assert ProbeResults.load(tmp_path).settings == probes.results.settings

@@ -98,6 +98,21 @@ def test_table_has_a_row_a_tap_in_graph_order():
     assert "nonfinite" not in table
 
 
+def test_history_has_a_column_an_epoch():
+    results = filled()
+    results.add([row(tap=TAPS[1].name, split="validation", epoch=1, value=0.01)])  # the latest
+    results.add([row(split="validation", epoch=2, value=math.nan, n=0)])
+    history = results.history()
+    assert list(history.index) == [tap.name for tap in TAPS]
+    assert list(history.columns) == [0, 1, 2]
+    np.testing.assert_allclose(
+        history.to_numpy(), [[0.3, 0.15, np.nan], [0.3, 0.01, np.nan]], equal_nan=True
+    )
+    assert results.history("loss", split="train").iloc[0, 1] == pytest.approx(1 / 6)
+    with pytest.raises(ValueError, match="Nothing to show"):
+        results.history("top5_error")
+
+
 def test_table_of_another_epoch_and_metric():
     results = filled()
     assert list(results.table(epoch=0)["train error"]) == [0.3, 0.3]
@@ -159,9 +174,11 @@ def test_html_escapes_names():
 def test_save_and_load(tmp_path, targets):
     results = filled(targets)
     results.add([row(value=math.nan, n=0, nonfinite=3), row(value=math.inf, metric="loss")])
+    results.settings, results.versions = {"mode": "shared", "every": 1}, {"keras": "3.15.1"}
     results.save(tmp_path / "deep" / "results")
     loaded = ProbeResults.load(tmp_path / "deep" / "results")
     assert loaded.taps == results.taps
+    assert (loaded.settings, loaded.versions) == (results.settings, results.versions)
     pd.testing.assert_frame_equal(loaded.frame(), results.frame(), check_exact=True)
     # All but the numbers, which may be NaN and so differ from themselves.
     numbers = dict.fromkeys(("value", "certificate", "majority", "chance", "host"), 0)
