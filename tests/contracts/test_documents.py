@@ -107,6 +107,17 @@ def test_the_example_of_other_questions(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_example_of_a_skip_connection(tmp_path):
+    printed = run_example("pathological_skip.py", tmp_path, "--quick")
+    bars = re.findall(r"^  (\w+) +(\d\.\d+) ", printed, flags=re.MULTILINE)
+    errors = {tap: float(error) for tap, error in bars}
+    # What the first half has lost is there again behind the skip connection.
+    assert errors["hidden0"] + 0.1 < errors["hidden11"]
+    assert errors["skip"] + 0.1 < errors["hidden11"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"probes.html", "errors.png"}
+
+
+@pytest.mark.slow
 def test_the_example_of_a_frozen_model(tmp_path, digits):
     host().save(tmp_path / "model.keras")
     (x, y), (x_test, y_test) = digits
