@@ -142,6 +142,16 @@ def test_steps_go_on_over_several_fits(digits, tmp_path):
     assert [step for step, _ in logged] == list(range(7))
 
 
+def test_steps_go_on_in_a_run_that_is_resumed(digits, tmp_path):
+    (x, y), _ = digits
+    model = compiled(dense_net())
+    for initial, epochs in ((0, 2), (2, 4)):  # a callback each, as in a process each
+        probes = LinearProbeCallback("input", log_dir=tmp_path)
+        model.fit(x, y, initial_epoch=initial, epochs=epochs, callbacks=[probes], verbose=0)
+    logged = read(tmp_path)["probes/000 input"]["probe_error/train"]
+    assert [step for step, _ in logged] == [0, 1, 2, 3]
+
+
 def test_beside_kerass_own_callback(digits, tmp_path):
     keras_own = keras.callbacks.TensorBoard(tmp_path)
     fit(digits, tmp_path, keras_own, LinearProbeCallback("input", log_dir=tmp_path))
