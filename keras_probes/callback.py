@@ -24,7 +24,7 @@ from keras_probes.online import OnlineProbes, Settings, mebibytes
 from keras_probes.probes.measures import CODE_LENGTH, METRICS, guesses, measure
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
-from keras_probes.results import BASELINES, ProbeResults, Row, versions
+from keras_probes.results import BASELINES, ProbeResults, Row, name_of_measure, versions
 from keras_probes.store.features import FeatureStore
 from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
@@ -578,8 +578,7 @@ def _host_error(logs: Mapping[str, Any], select: Any) -> float:
 
 
 def _log_key(row: Row) -> str:
-    prefix = "probe" if row.target is None else f"probe_{row.target}"
-    return f"{prefix}_{row.metric}/{row.tap}"
+    return f"{name_of_measure(row.metric, row.target)}/{row.tap}"
 
 
 def _one_of(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -145,12 +145,10 @@ class _Rows:
         weights = self.store.sample_weight(target)
         return np.ones(len(self.places), "float32") if weights is None else weights[self.places]
 
-    def host_error(self, target: str | None) -> float:
-        """The host's own error; NaN if its predictions are not known."""
+    def host_error(self, target: str | None, labels: np.ndarray) -> float:
+        """The host's own error on the split's labels; NaN if its predictions are not known."""
         predicted = self.store.predictions(target)
-        if predicted is None:
-            return math.nan
-        return float(np.mean(predicted[self.places] != self.labels(target)))
+        return math.nan if predicted is None else float(np.mean(predicted[self.places] != labels))
 
     def blocks(self, stored: StoredArray) -> Iterator[tuple[np.ndarray, slice]]:
         """Reads features, float32, and the place of each block among the split's rows.
@@ -309,7 +307,10 @@ class _TapFit:
         self._features, self._target, self._num_classes = features, target, num_classes
         self._labels = {split: rows.labels(target) for split, rows in features.splits.items()}
         self._weights = {split: rows.weights(target) for split, rows in features.splits.items()}
-        self._host = {split: rows.host_error(target) for split, rows in features.splits.items()}
+        self._host = {
+            split: rows.host_error(target, self._labels[split])
+            for split, rows in features.splits.items()
+        }
         weights = self._weights["train"] * features.finite["train"]
         self._seen = np.unique(self._labels["train"][weights > 0])
         self._check_classes()

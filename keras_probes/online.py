@@ -214,7 +214,7 @@ class OnlineProbes:
         if steps is not None:
             steps = math.ceil(steps / self.host.steps_per_execution / self.every)
         self._sample.begin(self.sample_memory, steps)
-        self.first_pass = not self.restoring and (not self.built or not self.probes.steps)
+        self.first_pass = not self.restoring and not self.steps
         self.reset_sums("train")
 
     def reset_sums(self, kind: Kind) -> None:

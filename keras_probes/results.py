@@ -160,6 +160,11 @@ def name_of_baseline(baseline: str, target: str | None) -> str:
     return baseline if target is None else f"{target}_{baseline}"
 
 
+def name_of_measure(metric: str, target: str | None) -> str:
+    """The name that a metric of a target has in logs and in TensorBoard."""
+    return f"probe_{metric}" if target is None else f"probe_{target}_{metric}"
+
+
 def shape_text(shape: Sequence[int | None]) -> str:
     """A shape as tables and pictures show it, such as `28 x 28 x 3`."""
     return " x ".join("?" if size is None else str(size) for size in shape)

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import tensorflow as tf
 
-from keras_probes.results import ProbeResults, Row
+from keras_probes.results import ProbeResults, Row, name_of_measure
 from keras_probes.view.graph import graph_of, rendered
 from keras_probes.view.plots import plot_depth
 from keras_probes.view.table import ONCE
@@ -82,9 +82,8 @@ class TensorBoardWriter:
             writer.flush()
 
     def write_batches(self, results: ProbeResults) -> None:
-        """Writes measures of the batches up to each row's step."""
-        for row in results.rows:
-            self._write_scalars(results, [row], row.step, "_by_batch")
+        """Writes measures of some batches, all up to the same step."""
+        self._write_scalars(results, results.rows, results.rows[0].step, "_by_batch")
 
     def close(self) -> None:
         """Closes the event files."""
@@ -120,7 +119,7 @@ class TensorBoardWriter:
         Pictures are left out where what draws them is not installed.
         """
         metric = next(row.metric for row in results.rows if row.target == target)
-        name = f"{_group(metric, target)}_by_layer"
+        name = f"{name_of_measure(metric, target)}_by_layer"
         table = results.table(metric, epoch=epoch, target=target)
         tf.summary.text(f"{name}/table", _markdown(table), step=step)
         asked: dict[str, Any] = {"metric": metric, "epoch": epoch, "target": target}
@@ -140,11 +139,7 @@ class TensorBoardWriter:
 
 
 def _tag(row: Row, suffix: str = "") -> str:
-    return f"{_group(row.metric, row.target)}{suffix}/{row.split}"
-
-
-def _group(metric: str, target: str | None) -> str:
-    return f"probe_{metric}" if target is None else f"probe_{target}_{metric}"
+    return f"{name_of_measure(row.metric, row.target)}{suffix}/{row.split}"
 
 
 def _depth_curve(results: ProbeResults, **asked: Any) -> bytes:
