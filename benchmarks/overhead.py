@@ -10,8 +10,9 @@
 slows all alike; the time of a step, late in training, and its ratio to the bare host's of the same
 round. It is the median over every eight steps in a row, since of eight one does more. `kept` are
 steps whose batch is kept for settling; `settling` is what the end of such an epoch takes, in steps
-of the bare host. `first` and `memory`: a process for each variant and round; the first step with
-all that is compiled for it, and the most memory the process had.
+of the bare host. `first` and `memory`: a process for each variant and round; from the call of `fit`
+to the end of the first step, with all that is traced and compiled for it, and the most memory the
+process had.
 """
 
 import argparse
@@ -64,7 +65,10 @@ REDUCTIONS = {"gap": GlobalAverage, "random": lambda: RandomFeatures(seed=0)}
 
 
 class Clock(keras.callbacks.Callback):
-    """Seconds of the first step, of a later one, and from the last one to the epoch's end."""
+    """Seconds until the first step has ended, of a later one, and from the last to the epoch's end."""
+
+    def start(self):
+        self.called = time.perf_counter()
 
     def on_epoch_begin(self, epoch, logs=None):
         self.ends = [time.perf_counter()]
@@ -75,7 +79,7 @@ class Clock(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         between = np.diff(self.ends)
         whole = [between[start : start + PACE] for start in range(1, len(between) + 1 - PACE, PACE)]
-        self.first = between[0]
+        self.first = self.ends[1] - self.called
         self.step = statistics.median(map(statistics.fmean, whole or [between[1:]]))
         self.settling = time.perf_counter() - self.ends[-1]
 
@@ -117,11 +121,12 @@ class Variant:
 
     def run(self):
         callbacks = [callback for callback in (self.probes, self.clock) if callback is not None]
+        self.clock.start()
         self.host.fit(
             self.x, self.y, batch_size=self.batch, shuffle=False, callbacks=callbacks, verbose=0
         )
         if isinstance(self.probes, LinearProbeCallback):  # goes on as late in training
-            self.probes._online.probes._steps.assign(10_000)
+            self.probes._online.probes.optimizer.iterations.assign(10_000)
         return self.clock
 
 

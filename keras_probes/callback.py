@@ -518,7 +518,6 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if online.steps - steps < every:
             return
         sums = online.sums("train")
-        self._logged = (online.steps, sums)
         rows = []
         for target, by_tap in sums.items():
             for tap, total in by_tap.items():
@@ -530,7 +529,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
                         n=int(new["count"]), **of)
                     for metric in self.metrics
                 ]  # fmt: skip
-        writer.write_batches(ProbeResults(online.tap_infos(), rows))
+        if any(row.n for row in rows):  # else the batches wait for others
+            self._logged = (online.steps, sums)
+            writer.write_batches(ProbeResults(online.tap_infos(), rows))
 
     def _rows(
         self, sums: Sums, split: str, online: OnlineProbes, of_host: Mapping[str, Any]

@@ -308,7 +308,9 @@ class OnlineProbes:
     def _add_side(self, plan: TapPlan, targets: list[Target]) -> None:
         classes = {target.name: target.num_classes for target in targets}
         optimizer = own_optimizer(self._settings.optimizer)
-        probes = ProbeSet(self._widths(), classes, optimizer, self._settings.seed)
+        # A host that may be compiled by XLA has our steps compiled with its own.
+        gather = self.isolated or not self.host.jit_compile
+        probes = ProbeSet(self._widths(), classes, optimizer, self._settings.seed, gather)
         self._sides.append(_Side(plan, targets, probes))
 
     def check(self, batches: Iterable[Any]) -> None:
@@ -353,6 +355,9 @@ class OnlineProbes:
         return {t: by_tap for side in self._sides for t, by_tap in side.probes.sums(kind).items()}
 
     def logs(self, kind: Kind, of_host: Mapping[str, Any]) -> dict[str, float]:
+        if kind == "train":
+            for side in self._sides:
+                side.probes.catch_up()
         sums = self.sums(kind)
         for target in self.targets:
             of_tap = next(iter(sums[target.name].values()))

@@ -80,32 +80,39 @@ class Standardize(keras.layers.Layer):
         inverse = inverse_spread(mean, variance, reach, rounding=1e-6)
         return inverse / float(np.sqrt(self.n_features))
 
-    def update(self, x: tf.Tensor, finite: tf.Tensor) -> None:
+    def update(self, x: tf.Tensor, mean: tf.Tensor, finite: tf.Tensor) -> None:
         """Takes a batch into the statistics.
 
         Args:
-            x: float32, shape (n_taps, batch, n_features); examples that do not count are 0.
+            x: float32, shape (n_taps, batch, n_features); examples that do not count are the mean
+                of those that do.
+            mean: Of the examples, float32, shape (n_taps, 1, n_features).
             finite: float32, shape (n_taps, batch): 1 for the examples that count.
         """
-        finite = finite[..., None]
-        count = sum_over_replicas(tf.reduce_sum(finite, axis=1, keepdims=True))
+        here = tf.reduce_sum(finite, axis=1)[:, None, None]
+        count = sum_over_replicas(here)
         some = tf.cast(count > 0, tf.float32)
         count = tf.maximum(count, 1.0)
-        mean = sum_over_replicas(tf.reduce_sum(x, axis=1, keepdims=True)) / count
-        centred = finite * (x - mean)
-        squares = tf.reduce_sum(tf.square(centred), axis=1, keepdims=True)
-        variance = sum_over_replicas(squares) / count
+        of_all = sum_over_replicas(here * mean) / count
+
+        # Distances from the mean so far: one pass over them gives both variance and reach.
+        so_far = tf.where(self.updates > 0, self.mean, of_all)
+        squares = tf.math.squared_difference(x, so_far)
+        left_out = tf.cast(tf.shape(x)[1], tf.float32) - here
+        total = tf.reduce_sum(squares, axis=1, keepdims=True)
+        total -= left_out * tf.math.squared_difference(mean, so_far)
+        square = sum_over_replicas(total) / count
+        farthest = tf.cast(here > 0, tf.float32) * tf.reduce_max(squares, axis=1, keepdims=True)
+        reach = tf.sqrt(max_over_replicas(farthest))
 
         self.updates.assign_add(some)
         rate = some * averaging_rate(tf.maximum(tf.convert_to_tensor(self.updates), 1.0))
-        shift = mean - self.mean
-        # The variance of a mixture: of what each part has, and of how far their means lie apart.
-        between = (1.0 - rate) * tf.square(shift)
-        self.variance.assign_add(rate * (variance + between - self.variance))
-        self.mean.assign_add(rate * shift)
-        reach = tf.reduce_max(finite * tf.abs(x - self.mean), axis=1, keepdims=True)
+        # The variance of a mixture of what was seen before and the batch, about the new mean.
+        moved = rate * (of_all - so_far)
+        self.variance.assign_add(rate * (square - self.variance) - tf.square(moved))
+        self.mean.assign_add(rate * (of_all - self.mean))
         faded = (1.0 - some / HORIZON) * self.reach  # of a host that has moved on
-        self.reach.assign(tf.maximum(max_over_replicas(reach), faded))
+        self.reach.assign(tf.maximum(reach, faded))
 
     def restart(self, place: int, x: tf.Tensor) -> tf.Tensor:
         """Takes the statistics of one tap from examples at hand alone; returns their z.

@@ -79,7 +79,8 @@ def batch_sums(
     of_label = tf.reduce_sum(logits * is_label, axis=-1, keepdims=True)
     # Place of the label among the classes, ties by class number: as argmax would have it.
     earlier = tf.range(num_classes) < labels[:, None]
-    ahead = (logits > of_label) | ((logits == of_label) & earlier)
+    above = logits - of_label
+    ahead = (above > 0) | ((above == 0) & earlier)
     place = tf.reduce_sum(tf.cast(ahead, tf.float32), axis=-1)
     loss = tf.reduce_logsumexp(logits, axis=-1) - of_label[..., 0]
     columns = [

@@ -8,6 +8,7 @@ comes of these is the same in each.
 """
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.probes.backlog import Backlog
 from keras_probes.probes.heads import (
     SAME,
     ProjectedHeads,
@@ -36,6 +38,10 @@ PRIOR = 1.5
 # Averages of weights and their penalty move more memory than Adam does. After FEW steps, one of
 # PACE takes them upon itself for all: averages are over many more steps than that by then.
 FEW, PACE = 128, 8
+
+# A step moves the weights of all classes however few its examples are: of a host with small batches
+# that is most of what it costs. After FEW steps, one has at least ROWS examples: batches wait.
+ROWS = 64
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
@@ -84,6 +90,7 @@ class ProbeSet:
         num_classes: Number of classes of each target; the key is its name, `None` if it has none.
         optimizer: Keras optimizer for the probes, used by nobody else.
         seed: Seed of projections that are learned.
+        gather: Whether small batches may wait for others. XLA can't compile that.
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class ProbeSet:
         num_classes: Mapping[str | None, int],
         optimizer: keras.optimizers.Optimizer,
         seed: int = 0,
+        gather: bool = True,
     ):
         self.taps = list(widths)
         self.targets = list(num_classes)
@@ -124,10 +132,12 @@ class ProbeSet:
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             # What it gets are sums over the replicas already.
             self.optimizer._all_reduce_sum_gradients = lambda pairs: pairs
-            self._pace = 1  # replicas can't agree on a variable within a condition
+            # Replicas can't agree on a variable within a condition.
+            self._pace, gather = 1, False
+        self._backlog = Backlog(self._batch_specs()) if gather else None
 
     def train(self, features: Features, labels: Labels, weights: Labels) -> None:
-        """Measures a batch, then takes one step on it.
+        """Measures a batch, then takes one step on it; small ones wait for others, see `ROWS`.
 
         The step descends, for every tap and target, on mean_i(weight_i * cross-entropy_i) plus
         `penalty / 2 * |W|^2`; see `PRIOR`.
@@ -137,9 +147,27 @@ class ProbeSet:
             labels: By target, int32, shape (batch,); an example with -1 is left out.
             weights: By target, float32, shape (batch,).
         """
-        x, finite = self._stacked(features)
-        for group, of_group, counts in zip(self._groups, x, finite, strict=True):
-            group.standardize.update(of_group, counts)
+        self._steps.assign_add(1.0)
+        batch = self._stacked(features)
+        batch += [of[target] for of in (labels, weights) for target in self.targets]
+        if self._backlog is None:
+            self._learn(batch)
+        else:
+            least = tf.where(self._updates() < FEW, 0, ROWS)
+            self._backlog.pass_on(batch, least, self._learn)
+
+    def catch_up(self) -> None:
+        """Takes the step that batches are waiting for, if any do."""
+        if self._backlog is not None:
+            self._backlog.empty(self._learn)
+
+    def _learn(self, batch: Sequence[tf.Tensor]) -> None:
+        """A step on features by group, then labels and weights by target, in one list."""
+        rest = iter(batch)
+        x, mean, finite = self._finite(list(itertools.islice(rest, len(self._groups))))
+        labels, weights = ({target: next(rest) for target in self.targets} for _ in range(2))
+        for group, *of_group in zip(self._groups, x, mean, finite, strict=True):
+            group.standardize.update(*of_group)
         z = self._standardized(x)
         sums = self._add_up("train", z, finite, labels, weights)
 
@@ -158,7 +186,7 @@ class ProbeSet:
         self, gradients: Sequence[Sequence[tf.Tensor]], penalties: Sequence[tf.Tensor]
     ) -> None:
         """One step of the optimizer, by the gradients of the loss and the penalty of each head."""
-        heads, step = self._heads(), self._steps + 1.0
+        heads, step = self._heads(), self._updates()
         # For how many steps this one takes penalty and average upon itself.
         turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
         pace = tf.where(step < FEW, 1.0, turn)
@@ -179,11 +207,10 @@ class ProbeSet:
         of_loss = [gradient for of in gradients for gradient in of]
         self.optimizer.apply(if_any(penalised, lambda: of_loss), self._trainable())
         if_any(average, lambda: rate)
-        self._steps.assign(step)
 
     def test(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch; arguments as for `train`."""
-        x, finite = self._stacked(features)
+        x, _, finite = self._finite(self._stacked(features))
         self._add_up("test", self._standardized(x), finite, labels, weights)
 
     def settle(
@@ -228,20 +255,41 @@ class ProbeSet:
                 )
         return found
 
-    def _stacked(self, features: Features) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """Features by group, with zeros for examples that have a NaN or infinite one at a tap.
+    def _batch_specs(self) -> list[tf.TensorSpec]:
+        """Of what `_learn` takes."""
+        shapes = [(len(g.taps), None, g.standardize.n_features) for g in self._groups]
+        per_example = [tf.TensorSpec([None], t) for t in ("int32", "float32") for _ in self.targets]
+        return [*map(tf.TensorSpec, shapes), *per_example]
+
+    def _stacked(self, features: Features) -> list[tf.Tensor]:
+        """Features by group: float32, shape (n_taps, batch, n_features)."""
+        return [tf.stack([features[tap] for tap in group.taps]) for group in self._groups]
+
+    def _finite(
+        self, x: Sequence[tf.Tensor]
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+        """Leaves out the examples that have a NaN or infinite feature at a tap.
+
+        Args:
+            x: By group, float32, shape (n_taps, batch, n_features).
 
         Returns:
-            By group: float32, shape (n_taps, batch, n_features), and float32, shape
-            (n_taps, batch): 1 for the examples that count.
+            By group: x, with the mean of the others in the place of these examples; that mean,
+            shape (n_taps, 1, n_features); and float32, shape (n_taps, batch): 1 for the examples
+            that count.
         """
-        stacks, counts = [], []
-        for group in self._groups:
-            x = tf.stack([features[tap] for tap in group.taps])
-            finite = tf.reduce_all(tf.math.is_finite(x), axis=2, keepdims=True)
-            stacks.append(tf.where(finite, x, 0.0))
-            counts.append(tf.cast(finite[..., 0], tf.float32))
-        return stacks, counts
+        means = [tf.reduce_mean(of_group, axis=1, keepdims=True) for of_group in x]
+        # One such feature makes its mean another: that spares a look at each of them.
+        clean = tf.reduce_all([tf.reduce_all(tf.math.is_finite(mean)) for mean in means])
+
+        def as_they_are() -> tuple:
+            return list(x), means, [tf.ones(tf.shape(of_group)[:2]) for of_group in x]
+
+        def without() -> tuple:
+            found = zip(*map(_without_nonfinite, x), strict=True)
+            return tuple(map(list, found))
+
+        return tf.cond(clean, as_they_are, without)
 
     def _standardized(self, x: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         pairs = zip(self._groups, x, strict=True)
@@ -255,7 +303,7 @@ class ProbeSet:
         """
         weight, loss = (sums[:, SUMS.index(name)] for name in ("weight", "weighted_loss"))
         now = tf.cast(tf.math.divide_no_nan(loss, weight), tf.float32)
-        rate = averaging_rate(self._steps + 1.0) * tf.cast(weight > 0, tf.float32)
+        rate = averaging_rate(self._updates()) * tf.cast(weight > 0, tf.float32)
         self._loss.assign_add(rate * (now - self._loss))
 
         of_epoch = tf.convert_to_tensor(self._sums["train"])[0]
@@ -296,6 +344,8 @@ class ProbeSet:
 
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
         """Starts a new epoch of training, or a new evaluation."""
+        if kind == "train" and self._backlog is not None:
+            self._backlog.clear()  # of an epoch that was interrupted
         self._sums[kind].assign(np.zeros(self._sums[kind].shape))
         for target in self.targets:
             self._labels[kind, target].assign(np.zeros(self._labels[kind, target].shape))
@@ -328,7 +378,7 @@ class ProbeSet:
 
     @property
     def steps(self) -> int:
-        """Number of batches the probes were trained on."""
+        """Number of batches the probes were given to train on."""
         return int(self._steps.value.numpy())
 
     def outputs(self, features: Features) -> dict[str | None, dict[str, tf.Tensor]]:
@@ -357,6 +407,10 @@ class ProbeSet:
             "loss": self._loss,
         }
 
+    def _updates(self) -> tf.Tensor:
+        """Number of steps of the optimizer with the one that is being taken, float32."""
+        return tf.cast(tf.convert_to_tensor(self.optimizer.iterations), tf.float32) + 1.0
+
     def _heads(self) -> list[SoftmaxHeads]:
         """By target, then by group."""
         return [group.heads[target] for target in self.targets for group in self._groups]
@@ -378,3 +432,12 @@ def _group(
         else:
             heads[target] = ProjectedHeads(*shape, classes, width.rank, seed, name=named)
     return _Group(taps, Standardize(*shape, name=f"standardize_{name}"), heads)
+
+
+def _without_nonfinite(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """`ProbeSet._finite` of one group."""
+    finite = tf.reduce_all(tf.math.is_finite(x), axis=2, keepdims=True)
+    total = tf.reduce_sum(tf.where(finite, x, 0.0), axis=1, keepdims=True)
+    counts = tf.cast(finite, tf.float32)
+    mean = tf.math.divide_no_nan(total, tf.reduce_sum(counts, axis=1, keepdims=True))
+    return tf.where(finite, x, mean), mean, counts[..., 0]
