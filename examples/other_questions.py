@@ -5,16 +5,14 @@ each of its layers four questions at once: which digit, odd or even, turned how 
 thickly; and, as a control, for labels at random.
 """
 
-import argparse
-import pathlib
-
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tensorflow as tf
-from images import mnist
+from images import load_images
 from keras import layers
+from options import options
 
 from keras_probes import LinearProbeCallback
 
@@ -50,16 +48,9 @@ def digit_loss(y: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
 
 def main() -> None:
     """Prints the error of each question at each layer, and writes figure and report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="an .npz file with x_train, y_train, ...; or mnist")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("other_questions_out"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="one epoch")
-    args = parser.parse_args()
-
+    args = options(__doc__, "other_questions_out", epochs=10, quick="one epoch").parse_args()
     keras.utils.set_random_seed(args.seed)
-    train, test = (turned(*part, args.seed) for part in mnist(args.data, args.seed))
+    train, test = (turned(*part, args.seed) for part in load_images(args.data, args.seed))
     thirds = [float(third) for third in np.quantile(train[0].mean(axis=(1, 2, 3)), [1 / 3, 2 / 3])]
 
     def thickness(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:  # noqa: ARG001

@@ -1,15 +1,14 @@
 """A skip connection over half of a network that is far too deep (section 5.1, figure 6).
 
 128 fully connected layers of 128 units learn MNIST by plain SGD, since one skip connection leads
-past the first 64 of them. Probes show that these stay unused, and `diagnose` says so.
+past the first 64 of them. Probes show that these stay unused, and `diagnose` says so. It finds no
+such thing in a network of as many layers with a skip connection past each (`--healthy`).
 """
 
-import argparse
-import pathlib
-
 import keras
-from images import mnist
+from images import load_images
 from keras import layers
+from options import options
 
 from keras_probes import LinearProbeCallback
 
@@ -32,28 +31,36 @@ def one_long_skip(depth: int) -> keras.Model:
     return keras.Model(inputs, layers.Dense(10, "softmax", name="head")(h), name="one_long_skip")
 
 
+def short_skips(depth: int) -> keras.Model:
+    """As many layers of the same width, each with a skip connection past it."""
+    inputs = keras.Input((784,))
+    h = hidden(inputs, 0)
+    for place in range(1, depth):
+        # So small at first that all of them together leave h about as large as it was.
+        small = keras.initializers.VarianceScaling(1 / depth)
+        branch = layers.Dense(WIDTH, kernel_initializer=small, name=f"hidden{place}")
+        h = layers.Add(name=f"skip{place}")([h, branch(layers.ReLU()(h))])
+    return keras.Model(inputs, layers.Dense(10, "softmax", name="head")(h), name="short_skips")
+
+
 def main() -> None:
     """Trains, prints the findings and writes the figure and the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="an .npz file with x_train, y_train, ...; or mnist")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("pathological_skip_out"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="24 layers, 2 epochs")
+    parser = options(__doc__, "pathological_skip_out", epochs=6, quick="24 layers, 2 epochs")
+    parser.add_argument("--healthy", action="store_true", help="the network with short skips")
     args = parser.parse_args()
-
     keras.utils.set_random_seed(args.seed)
-    (x, y), (x_test, y_test) = mnist(args.data, args.seed)
-    x, x_test = x.reshape(-1, 784), x_test.reshape(-1, 784)
-    model = one_long_skip(24 if args.quick else 128)
+    train, test = ((x.reshape(len(x), -1), y) for x, y in load_images(args.data, args.seed))
+    depth, epochs = (24, 2) if args.quick else (128, args.epochs)
+
+    model = short_skips(depth) if args.healthy else one_long_skip(depth)
     model.compile(
         keras.optimizers.SGD(0.002), "sparse_categorical_crossentropy", metrics=["accuracy"]
     )
-    probes = LinearProbeCallback(["input", "hidden*", "skip", "head"])
+    where = "skip*" if args.healthy else "hidden*"
+    probes = LinearProbeCallback(["input", "hidden0", where, "skip*", "head"])
     model.fit(
-        x, y, batch_size=32, epochs=2 if args.quick else args.epochs,
-        validation_data=(x_test, y_test), callbacks=[probes], verbose=2,
-    )  # fmt: skip
+        *train, batch_size=32, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
+    )
 
     print(f"\n{probes.results.diagnose()}")
     probes.results.report(args.out / "probes.html")

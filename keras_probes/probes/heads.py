@@ -80,7 +80,9 @@ class Standardize(keras.layers.Layer):
         inverse = inverse_spread(mean, variance, reach, rounding=1e-6)
         return inverse / float(np.sqrt(self.n_features))
 
-    def update(self, x: tf.Tensor, mean: tf.Tensor, finite: tf.Tensor) -> None:
+    def update(
+        self, x: tf.Tensor, mean: tf.Tensor, finite: tf.Tensor, pace: tf.Tensor | float = 1.0
+    ) -> None:
         """Takes a batch into the statistics.
 
         Args:
@@ -88,6 +90,7 @@ class Standardize(keras.layers.Layer):
                 of those that do.
             mean: Of the examples, float32, shape (n_taps, 1, n_features).
             finite: float32, shape (n_taps, batch): 1 for the examples that count.
+            pace: How many batches it stands for.
         """
         here = tf.reduce_sum(finite, axis=1)[:, None, None]
         count = sum_over_replicas(here)
@@ -105,13 +108,14 @@ class Standardize(keras.layers.Layer):
         farthest = tf.cast(here > 0, tf.float32) * tf.reduce_max(squares, axis=1, keepdims=True)
         reach = tf.sqrt(max_over_replicas(farthest))
 
-        self.updates.assign_add(some)
-        rate = some * averaging_rate(tf.maximum(tf.convert_to_tensor(self.updates), 1.0))
+        self.updates.assign_add(some * pace)
+        rate = averaging_rate(tf.maximum(tf.convert_to_tensor(self.updates), 1.0))
+        rate = some * (1.0 - (1.0 - rate) ** pace)
         # The variance of a mixture of what was seen before and the batch, about the new mean.
         moved = rate * (of_all - so_far)
         self.variance.assign_add(rate * (square - self.variance) - tf.square(moved))
         self.mean.assign_add(rate * (of_all - self.mean))
-        faded = (1.0 - some / HORIZON) * self.reach  # of a host that has moved on
+        faded = (1.0 - some * pace / HORIZON) * self.reach  # of a host that has moved on
         self.reach.assign(tf.maximum(reach, faded))
 
     def restart(self, place: int, x: tf.Tensor) -> tf.Tensor:

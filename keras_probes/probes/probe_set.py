@@ -35,8 +35,9 @@ from keras_probes.probes.settle import ENOUGH, Settled, settle
 # be learned by heart, noisy ones most of all.
 PRIOR = 1.5
 
-# Averages of weights and their penalty move more memory than Adam does. After FEW steps, one of
-# PACE takes them upon itself for all: averages are over many more steps than that by then.
+# Averages of weights and their penalty move more memory than Adam does, and statistics go over the
+# features as often as all else does. After FEW steps, one of PACE takes them upon itself for all:
+# averages are over many more steps than that by then.
 FEW, PACE = 128, 8
 
 # A step moves the weights of all classes however few its examples are: of a host with small batches
@@ -132,8 +133,9 @@ class ProbeSet:
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             # What it gets are sums over the replicas already.
             self.optimizer._all_reduce_sum_gradients = lambda pairs: pairs
-            # Replicas can't agree on a variable within a condition.
-            self._pace, gather = 1, False
+            self._pace = 1  # they can't agree on a variable within a condition
+        # Nor can a strategy hold one whose shape changes.
+        gather = gather and not tf.distribute.has_strategy()
         self._backlog = Backlog(self._batch_specs()) if gather else None
 
     def train(self, features: Features, labels: Labels, weights: Labels) -> None:
@@ -166,8 +168,14 @@ class ProbeSet:
         rest = iter(batch)
         x, mean, finite = self._finite(list(itertools.islice(rest, len(self._groups))))
         labels, weights = ({target: next(rest) for target in self.targets} for _ in range(2))
-        for group, *of_group in zip(self._groups, x, mean, finite, strict=True):
-            group.standardize.update(*of_group)
+        pace = self._paced()
+
+        def update() -> tf.Tensor:
+            for place, group in enumerate(self._groups):
+                group.standardize.update(x[place], mean[place], finite[place], pace)
+            return pace
+
+        self._if_due(pace, update, lambda: pace)
         z = self._standardized(x)
         sums = self._add_up("train", z, finite, labels, weights)
 
@@ -180,17 +188,17 @@ class ProbeSet:
             parts = tf.split(residual, [len(group.taps) for group in self._groups])
             for head, of_group, part in zip(heads, z, parts, strict=True):
                 gradients.append(head.gradients(of_group, part))
-        self._step(gradients, penalties)
+        self._step(gradients, penalties, pace)
 
     def _step(
-        self, gradients: Sequence[Sequence[tf.Tensor]], penalties: Sequence[tf.Tensor]
+        self,
+        gradients: Sequence[Sequence[tf.Tensor]],
+        penalties: Sequence[tf.Tensor],
+        pace: tf.Tensor,
     ) -> None:
         """One step of the optimizer, by the gradients of the loss and the penalty of each head."""
-        heads, step = self._heads(), self._updates()
-        # For how many steps this one takes penalty and average upon itself.
-        turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
-        pace = tf.where(step < FEW, 1.0, turn)
-        rate = 1.0 - (1.0 - averaging_rate(step)) ** pace
+        heads = self._heads()
+        rate = 1.0 - (1.0 - averaging_rate(self._updates())) ** pace
 
         def penalised() -> list[tf.Tensor]:
             triples = zip(heads, gradients, penalties, strict=True)
@@ -201,12 +209,19 @@ class ProbeSet:
                 head.average(rate)
             return rate
 
-        def if_any(some: Callable[[], Any], none: Callable[[], Any]) -> Any:
-            return tf.cond(pace > 0, some, none) if self._pace > 1 else some()
-
         of_loss = [gradient for of in gradients for gradient in of]
-        self.optimizer.apply(if_any(penalised, lambda: of_loss), self._trainable())
-        if_any(average, lambda: rate)
+        of_loss = self._if_due(pace, penalised, lambda: of_loss)
+        self.optimizer.apply(of_loss, self._trainable())
+        self._if_due(pace, average, lambda: rate)
+
+    def _paced(self) -> tf.Tensor:
+        """For how many steps this one takes upon itself what need not be done in each, float32."""
+        step = self._updates()
+        turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
+        return tf.where(step < FEW, 1.0, turn)
+
+    def _if_due(self, pace: tf.Tensor, due: Callable[[], Any], else_: Callable[[], Any]) -> Any:
+        return tf.cond(pace > 0, due, else_) if self._pace > 1 else due()
 
     def test(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch; arguments as for `train`."""
