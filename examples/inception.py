@@ -14,9 +14,9 @@ from options import options
 from keras_probes import LinearProbeCallback, plot_probed_model
 
 
-def build_inception(classes: int) -> keras.Model:
+def build_inception(shape: tuple, classes: int) -> keras.Model:
     """Keras's Inception v3, with the auxiliary head that it leaves out."""
-    base = keras.applications.InceptionV3(weights=None, include_top=False, input_shape=(75, 75, 3))
+    base = keras.applications.InceptionV3(weights=None, include_top=False, input_shape=shape)
     head = layers.GlobalAveragePooling2D(name="head_pool")(base.output)
     head = layers.Dense(classes, "softmax", name="head")(head)
 
@@ -25,19 +25,20 @@ def build_inception(classes: int) -> keras.Model:
         aux = layers.Conv2D(filters, 1, use_bias=False, name=f"aux_conv{place}")(aux)
         aux = layers.BatchNormalization(name=f"aux_norm{place}")(aux)
         aux = layers.ReLU(name=f"aux_relu{place}")(aux)
-    aux = layers.Dense(classes, "softmax", name="aux_head")(layers.Flatten(name="aux_flat")(aux))
+    aux = layers.GlobalAveragePooling2D(name="aux_flat")(aux)
+    aux = layers.Dense(classes, "softmax", name="aux_head")(aux)
     return keras.Model(base.input, {"head": head, "aux_head": aux}, name="inception_v3")
 
 
 def main() -> None:
     """Prints the errors at four moments, and writes figures, graphs and the report."""
-    args = options(__doc__, "inception_out", epochs=8, quick="192 images, four epochs").parse_args()
+    args = options(__doc__, "inception_out", epochs=8, quick="96 images, four epochs").parse_args()
     keras.utils.set_random_seed(args.seed)
-    limit, epochs = (192, 4) if args.quick else (3000, args.epochs)
+    limit, epochs = (96, 4) if args.quick else (2000, args.epochs)
     data = [(in_color(x, 75), y) for x, y in load_images(args.data, args.seed, limit)]
     train, test = ((x, {"head": y, "aux_head": y}) for x, y in data)
 
-    model = build_inception(classes=int(data[0][1].max()) + 1)
+    model = build_inception(train[0].shape[1:], classes=int(data[0][1].max()) + 1)
     model.compile(
         keras.optimizers.Adam(1e-3),
         loss=dict.fromkeys(["head", "aux_head"], "sparse_categorical_crossentropy"),
@@ -69,6 +70,7 @@ def main() -> None:
             path = args.out / f"inception-{moment + 1}.svg"
             plot_probed_model(model, results, path, epoch=moment, condensed=True)
     results.plot(epochs=moments).figure.savefig(args.out / "errors.png", dpi=150)
+    results.save(args.out)
     results.report(args.out / "probes.html")
     table.to_csv(args.out / "errors.csv")
 

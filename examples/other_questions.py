@@ -88,6 +88,7 @@ def main() -> None:
     axes.set_title("")
     axes.figure.savefig(args.out / "errors.png", dpi=150)
     plt.close(axes.figure)
+    results.save(args.out)
     results.report(args.out / "probes.html")
     table.to_csv(args.out / "errors.csv")
 

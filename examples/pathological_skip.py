@@ -63,6 +63,7 @@ def main() -> None:
     )
 
     print(f"\n{probes.results.diagnose()}")
+    probes.results.save(args.out)
     probes.results.report(args.out / "probes.html")
     probes.results.plot().figure.savefig(args.out / "errors.png", dpi=150)
 

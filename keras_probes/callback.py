@@ -49,7 +49,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
     A probe is `softmax(W h + b)` on the features `h` of one layer (Alain & Bengio 2016, section
     3.2). It never influences the model; its error says how linearly separable the classes are at
-    that depth. Probes train once a batch, on the activations that the model computed for it.
+    that depth. Probes train batch by batch, on the activations that the model computed for it.
 
     ```python
     probes = LinearProbeCallback()
@@ -73,7 +73,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
             (batch, 1), or one-hot, shape (batch, classes).
         num_classes: Number of classes, or a mapping from target names to it. Inferred from one-hot
             labels or from the model's output where it can be.
-        optimizer: Keras optimizer for the probes; a copy is used. Adam by default.
+        optimizer: Keras optimizer for the probes; a copy is used. Adam by default. It takes a step
+            a batch; with 64 classes or more, small batches are put together.
         metrics: Which of `"error"`, `"loss"` (cross-entropy in nats) and `"top5_error"` to report.
         mode: `"shared"`: probes read the model's own forward pass, at almost no cost, and the
             model trains as without them up to rounding. `"isolated"`: they run a second forward

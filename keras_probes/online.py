@@ -120,7 +120,7 @@ class OnlineProbes:
 
     @property
     def steps(self) -> int:
-        """Number of batches the probes were trained on."""
+        """Number of batches the probes were given to train on."""
         return self.probes.steps if self.built else 0
 
     @property
@@ -308,9 +308,7 @@ class OnlineProbes:
     def _add_side(self, plan: TapPlan, targets: list[Target]) -> None:
         classes = {target.name: target.num_classes for target in targets}
         optimizer = own_optimizer(self._settings.optimizer)
-        # A host that may be compiled by XLA has our steps compiled with its own.
-        gather = self.isolated or not self.host.jit_compile
-        probes = ProbeSet(self._widths(), classes, optimizer, self._settings.seed, gather)
+        probes = ProbeSet(self._widths(), classes, optimizer, self._settings.seed)
         self._sides.append(_Side(plan, targets, probes))
 
     def check(self, batches: Iterable[Any]) -> None:
@@ -347,8 +345,12 @@ class OnlineProbes:
             for label in labels.values():
                 _check_rows(next(iter(features.values())), label)
             weights = {t.name: t.weights(sample_weight, labels[t.name]) for t in side.targets}
-            learn = side.probes.train if kind == "train" else side.probes.test
-            learn(features, labels, weights)
+            if kind == "test":
+                side.probes.test(features, labels, weights)
+            else:
+                # XLA compiles shared steps with the host's own.
+                gather = self.isolated or not self.host.jit_compile
+                side.probes.train(features, labels, weights, gather=gather)
 
     def sums(self, kind: Kind) -> Sums:
         """What was measured since the epoch or evaluation began, by target, tap and name."""

@@ -105,8 +105,8 @@ class Standardize(keras.layers.Layer):
         total = tf.reduce_sum(squares, axis=1, keepdims=True)
         total -= left_out * tf.math.squared_difference(mean, so_far)
         square = sum_over_replicas(total) / count
-        farthest = tf.cast(here > 0, tf.float32) * tf.reduce_max(squares, axis=1, keepdims=True)
-        reach = tf.sqrt(max_over_replicas(farthest))
+        farthest = tf.reduce_max(squares, axis=1, keepdims=True)  # -inf of no examples
+        reach = tf.sqrt(max_over_replicas(tf.where(here > 0, farthest, 0.0)))
 
         self.updates.assign_add(some * pace)
         rate = averaging_rate(tf.maximum(tf.convert_to_tensor(self.updates), 1.0))

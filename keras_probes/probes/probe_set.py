@@ -40,8 +40,9 @@ PRIOR = 1.5
 # averages are over many more steps than that by then.
 FEW, PACE = 128, 8
 
-# A step moves the weights of all classes however few its examples are: of a host with small batches
-# that is most of what it costs. After FEW steps, one has at least ROWS examples: batches wait.
+# A step moves the weights of all classes however few its examples are: with many classes and small
+# batches that is most of what it costs. So where there are ROWS classes or more, a step after the
+# first FEW has at least ROWS examples: batches wait for others.
 ROWS = 64
 
 Features = Mapping[str, tf.Tensor]  # by tap
@@ -91,7 +92,6 @@ class ProbeSet:
         num_classes: Number of classes of each target; the key is its name, `None` if it has none.
         optimizer: Keras optimizer for the probes, used by nobody else.
         seed: Seed of projections that are learned.
-        gather: Whether small batches may wait for others. XLA can't compile that.
     """
 
     def __init__(
@@ -100,7 +100,6 @@ class ProbeSet:
         num_classes: Mapping[str | None, int],
         optimizer: keras.optimizers.Optimizer,
         seed: int = 0,
-        gather: bool = True,
     ):
         self.taps = list(widths)
         self.targets = list(num_classes)
@@ -109,7 +108,9 @@ class ProbeSet:
         for tap, width in widths.items():
             by_width[width].append(tap)
         self._groups = [_group(taps, width, num_classes, seed) for width, taps in by_width.items()]
+        # Batches, and steps that were taken on them.
         self._steps = keras.Variable(0.0, dtype="float32", name="probe_steps", **SAME)
+        self._updates = keras.Variable(0.0, dtype="float32", name="probe_updates", **SAME)
         # Of the longest epoch so far.
         self._examples = keras.Variable(0.0, dtype="float32", name="examples", **SAME)
         # float64 holds counts exactly and loses nothing over a long epoch.
@@ -134,12 +135,15 @@ class ProbeSet:
             # What it gets are sums over the replicas already.
             self.optimizer._all_reduce_sum_gradients = lambda pairs: pairs
             self._pace = 1  # they can't agree on a variable within a condition
-        # Nor can a strategy hold one whose shape changes.
-        gather = gather and not tf.distribute.has_strategy()
-        self._backlog = Backlog(self._batch_specs()) if gather else None
+        self._backlog: Backlog | None = None
+        # A strategy can't hold a variable whose shape changes.
+        if max(num_classes.values()) >= ROWS and not tf.distribute.has_strategy():
+            self._backlog = Backlog(self._batch_specs())
 
-    def train(self, features: Features, labels: Labels, weights: Labels) -> None:
-        """Measures a batch, then takes one step on it; small ones wait for others, see `ROWS`.
+    def train(
+        self, features: Features, labels: Labels, weights: Labels, *, gather: bool = True
+    ) -> None:
+        """Measures a batch, then takes one step on it; small ones may wait for others, see `ROWS`.
 
         The step descends, for every tap and target, on mean_i(weight_i * cross-entropy_i) plus
         `penalty / 2 * |W|^2`; see `PRIOR`.
@@ -148,14 +152,15 @@ class ProbeSet:
             features: By tap, float32, shape (batch, n_features).
             labels: By target, int32, shape (batch,); an example with -1 is left out.
             weights: By target, float32, shape (batch,).
+            gather: Whether batches may wait. XLA can't compile that.
         """
         self._steps.assign_add(1.0)
         batch = self._stacked(features)
         batch += [of[target] for of in (labels, weights) for target in self.targets]
-        if self._backlog is None:
+        if self._backlog is None or not gather:
             self._learn(batch)
         else:
-            least = tf.where(self._updates() < FEW, 0, ROWS)
+            least = tf.where(self._update() < FEW, 0, ROWS)
             self._backlog.pass_on(batch, least, self._learn)
 
     def catch_up(self) -> None:
@@ -198,7 +203,7 @@ class ProbeSet:
     ) -> None:
         """One step of the optimizer, by the gradients of the loss and the penalty of each head."""
         heads = self._heads()
-        rate = 1.0 - (1.0 - averaging_rate(self._updates())) ** pace
+        rate = 1.0 - (1.0 - averaging_rate(self._update())) ** pace
 
         def penalised() -> list[tf.Tensor]:
             triples = zip(heads, gradients, penalties, strict=True)
@@ -213,10 +218,11 @@ class ProbeSet:
         of_loss = self._if_due(pace, penalised, lambda: of_loss)
         self.optimizer.apply(of_loss, self._trainable())
         self._if_due(pace, average, lambda: rate)
+        self._updates.assign_add(1.0)
 
     def _paced(self) -> tf.Tensor:
         """For how many steps this one takes upon itself what need not be done in each, float32."""
-        step = self._updates()
+        step = self._update()
         turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
         return tf.where(step < FEW, 1.0, turn)
 
@@ -318,7 +324,7 @@ class ProbeSet:
         """
         weight, loss = (sums[:, SUMS.index(name)] for name in ("weight", "weighted_loss"))
         now = tf.cast(tf.math.divide_no_nan(loss, weight), tf.float32)
-        rate = averaging_rate(self._updates()) * tf.cast(weight > 0, tf.float32)
+        rate = averaging_rate(self._update()) * tf.cast(weight > 0, tf.float32)
         self._loss.assign_add(rate * (now - self._loss))
 
         of_epoch = tf.convert_to_tensor(self._sums["train"])[0]
@@ -418,13 +424,14 @@ class ProbeSet:
             **found,
             **slots,
             "steps": self._steps,
+            "updates": self._updates,
             "examples": self._examples,
             "loss": self._loss,
         }
 
-    def _updates(self) -> tf.Tensor:
-        """Number of steps of the optimizer with the one that is being taken, float32."""
-        return tf.cast(tf.convert_to_tensor(self.optimizer.iterations), tf.float32) + 1.0
+    def _update(self) -> tf.Tensor:
+        """The number of the step that is being taken, from 1, float32."""
+        return self._updates + 1.0
 
     def _heads(self) -> list[SoftmaxHeads]:
         """By target, then by group."""

@@ -287,10 +287,11 @@ def _not_settled(m: _Measures) -> Iterator[Finding]:
     far = [tap for tap in m.frame.index if not certificates[tap] <= CONVERGED]
     if far:
         worst = float(certificates[far].max())
+        known = f"may be up to {worst:.2g} nats above their optimum, or it is not known how far."
+        unknown = "are not known to be near their optimum."
         yield Finding(
             "KP006", "Probes not settled", "note", tuple(far), {"certificate": worst},
-            f"{len(far)} of {len(certificates)} probes may be up to {worst:.2g} nats above their "
-            "optimum, or it is not known how far.",
+            f"{len(far)} of {len(certificates)} probes {unknown if math.isnan(worst) else known}",
             "Their error is at least in part their own. Give validation data, more sample_memory, "
             "or fit them with refit().",
         )  # fmt: skip
@@ -325,8 +326,8 @@ def _not_monotonic(m: _Measures) -> Iterator[Finding]:
         yield Finding(
             "KP008", "Error does not fall with depth", "warning", tuple(trunk),
             {"tau": tau, "ci_low": low, "ci_high": high},
-            f"Kendall's tau of error and depth is {tau:.2f} along {len(trunk)} layers (95% "
-            f"interval {low:.2f} to {high:.2f}); -1 is a fall at every layer.",
+            f"Kendall's tau of error and depth is {tau:.2f} along {len(trunk)} layers (of errors "
+            f"drawn anew, 95% have {low:.2f} to {high:.2f}); -1 is a fall at every layer.",
             "A trained classifier's layers tell the classes apart better and better. This one is "
             "not trained yet, or not for these labels.",
         )  # fmt: skip

@@ -68,7 +68,7 @@ def run_example(name, directory, *arguments):
 
 @pytest.mark.slow
 def test_the_example_ends_in_the_table_and_the_files(tmp_path):
-    printed = run_example("mnist_convnet.py", tmp_path, "--epochs", "1")
+    printed = run_example("mnist_convnet.py", tmp_path, "--quick")
     taps = ["input", "conv1_preact", "conv1_postact", "conv1_postpool", "conv2_preact"]
     taps += ["conv2_postact", "conv2_postpool", "fc1_preact", "fc1_postact", "logits"]
     table = printed.split("Error of the probes")[1]
@@ -106,15 +106,65 @@ def test_the_example_of_other_questions(tmp_path):
     assert (tmp_path / "out" / "probes.html").exists()
 
 
+def bars(printed):
+    """Error by layer, off the lines with bars that a fit ends in."""
+    found = re.findall(r"^  (\w+) +(\d\.\d+) ", printed, flags=re.MULTILINE)
+    return {tap: float(error) for tap, error in found}
+
+
 @pytest.mark.slow
 def test_the_example_of_a_skip_connection(tmp_path):
-    printed = run_example("pathological_skip.py", tmp_path, "--quick")
-    bars = re.findall(r"^  (\w+) +(\d\.\d+) ", printed, flags=re.MULTILINE)
-    errors = {tap: float(error) for tap, error in bars}
+    errors = bars(run_example("pathological_skip.py", tmp_path, "--quick"))
     # What the first half has lost is there again behind the skip connection.
     assert errors["hidden0"] + 0.1 < errors["hidden11"]
     assert errors["skip"] + 0.1 < errors["hidden11"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"probes.html", "errors.png"}
+    assert (tmp_path / "out" / "probes.html").exists()
+    assert len(keras_probes.ProbeResults.load(tmp_path / "out").taps) == 27
+
+
+@pytest.mark.slow
+def test_a_healthy_network_of_the_same_shape_has_no_dead_segment(tmp_path):
+    printed = run_example("pathological_skip.py", tmp_path, "--quick", "--healthy")
+    errors = bars(printed)
+    assert len(errors) == 26  # the input, each of 24 layers, the head
+    assert max(errors.values()) < 0.3
+    assert "KP001" not in printed
+
+
+@pytest.mark.slow
+def test_the_example_of_resnet50(tmp_path):
+    printed = run_example("resnet50.py", tmp_path, "--quick")
+    assert "of a network trained here; the paper's are of the ImageNet weights" in printed
+    results = keras_probes.ProbeResults.load(tmp_path / "out")
+    assert len(results.taps) == 17
+    assert results.table()["converged"].all()
+    paper = re.findall(r"^(input|conv\d_block\d_add) .* (\d\.\d+)$", printed, flags=re.MULTILINE)
+    assert paper[0] == ("input", "0.990")
+    assert paper[-1] == ("conv5_block3_add", "0.310")
+    assert len(paper) == 17
+
+
+@pytest.mark.slow
+def test_the_example_of_inception(tmp_path):
+    printed = run_example("inception.py", tmp_path, "--quick")
+    assert all(f"epoch {epoch}" in printed for epoch in (1, 2, 3, 4))
+    assert re.search(r"^\(aux_head itself\) ", printed, flags=re.MULTILINE)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {f"inception-{epoch}.svg" for epoch in (1, 2, 3, 4)} < written
+    assert {"errors.png", "errors.csv", "probes.html"} < written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "model", "taps"),
+    [("deeper.py", "resnet101", 34), ("deeper.py", "vgg16", 21), ("sequences.py", "lstm", 5),
+     ("sequences.py", "transformer", 12)],
+)  # fmt: skip
+def test_the_examples_beyond_the_paper(tmp_path, script, model, taps):
+    errors = bars(run_example(script, tmp_path, "--quick", "--model", model))
+    assert len(errors) == taps
+    assert len(keras_probes.ProbeResults.load(tmp_path / "out").taps) == taps
+    assert (tmp_path / "out" / "probes.html").exists()
 
 
 @pytest.mark.slow

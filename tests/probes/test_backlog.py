@@ -6,11 +6,13 @@ import pytest
 import tensorflow as tf
 
 from keras_probes import LinearProbeCallback
+from keras_probes.probes import probe_set
 from keras_probes.probes.backlog import Backlog
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import FEW, ROWS, ProbeSet, Width
 
 WIDTHS = {"a": Width(5), "b": Width(7), "c": Width(5)}
+CLASSES = ROWS  # the fewest for which batches wait
 
 
 def draw(rows, seed):
@@ -18,16 +20,16 @@ def draw(rows, seed):
     features = {
         tap: rng.normal(size=(rows, w.n_features)).astype("float32") for tap, w in WIDTHS.items()
     }
-    return features, {None: rng.integers(0, 3, rows)}, {None: rng.uniform(0, 2, rows)}
+    return features, {None: rng.integers(0, CLASSES, rows)}, {None: rng.uniform(0, 2, rows)}
 
 
 def make_train(gather):
     """Probes, and their `train` as a compiled step."""
-    probes = ProbeSet(WIDTHS, {None: 3}, own_optimizer(None), gather=gather)
+    probes = ProbeSet(WIDTHS, {None: CLASSES}, own_optimizer(None))
 
     @tf.function(reduce_retracing=True)
     def train(features, labels, weights):
-        probes.train(features, labels, weights)
+        probes.train(features, labels, weights, gather=gather)
 
     def on_arrays(features, labels, weights):
         train(
@@ -77,7 +79,7 @@ def test_after_few_steps_small_batches_wait_and_count_as_one():
 def test_what_still_waits_is_caught_up_with():
     (probes, train), (at_once, train_at_once) = make_train(True), make_train(False)
     for either in probes, at_once:
-        either.optimizer.iterations.assign(FEW)
+        either._updates.assign(FEW)
     batch = draw(20, seed=0)
     for part in parts(batch, 8, 12):
         train(*part)
@@ -91,7 +93,7 @@ def test_what_still_waits_is_caught_up_with():
 
 def test_what_an_interrupted_epoch_left_is_forgotten():
     probes, train = make_train(True)
-    probes.optimizer.iterations.assign(FEW)
+    probes._updates.assign(FEW)
     train(*draw(20, seed=0))
     probes.reset_sums("train")
     probes.catch_up()
@@ -100,9 +102,22 @@ def test_what_an_interrupted_epoch_left_is_forgotten():
 
 def test_enough_at_once_do_not_wait():
     probes, train = make_train(True)
-    probes.optimizer.iterations.assign(FEW)
+    probes._updates.assign(FEW)
     train(*draw(ROWS, seed=0))
     assert probes.sums("train")[None]["a"]["count"] == ROWS
+
+
+def test_with_few_classes_no_batch_waits():
+    probes = ProbeSet(WIDTHS, {None: CLASSES - 1}, own_optimizer(None))
+    probes._updates.assign(FEW)
+    features, _, weights = draw(2, seed=0)
+    labels = {None: tf.constant([0, 1])}
+    probes.train(
+        {tap: tf.constant(x) for tap, x in features.items()},
+        labels,
+        {None: tf.constant(weights[None], "float32")},
+    )
+    assert probes.sums("train")[None]["a"]["count"] == 2
 
 
 def test_batches_in_any_order_of_axes():
@@ -119,22 +134,42 @@ def test_batches_in_any_order_of_axes():
     assert len(taken) == 2
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """Batches wait after 8 steps."""
+    monkeypatch.setattr(probe_set, "FEW", 8)
+
+
+def fit(host, options, probes, epochs):
+    """Epochs of batches of one example, of which all but the first ones wait."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(11, 6)).astype("float32"), rng.integers(0, CLASSES, 11)
+    host.compile("sgd", "sparse_categorical_crossentropy", **options)
+    for _ in range(epochs):
+        host.fit(x, y, batch_size=1, verbose=0, callbacks=[probes])
+        counts = probes.results.frame().query("split == 'train' and metric == 'error'")["n"]
+        assert (counts == 11).all()
+
+
+def host():
+    return keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(4, "relu"), keras.layers.Dense(CLASSES, "softmax")]
+    )
+
+
 @pytest.mark.parametrize(
     ("mode", "options"),
-    [("shared", {}), ("shared", {"jit_compile": True}), ("shared", {"run_eagerly": True}),
+    [("shared", {}), ("shared", {"run_eagerly": True}), ("shared", {"steps_per_execution": 4}),
      ("isolated", {}), ("isolated", {"jit_compile": True})],
 )  # fmt: skip
+@pytest.mark.usefixtures("few")
 def test_each_example_of_an_epoch_is_measured(mode, options):
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(FEW + 33, 6)).astype("float32"), rng.integers(0, 3, FEW + 33)
-    host = keras.Sequential(
-        [keras.Input((6,)), keras.layers.Dense(4, "relu"), keras.layers.Dense(3, "softmax")]
-    )
-    host.compile("sgd", "sparse_categorical_crossentropy", **options)
-    probes = LinearProbeCallback(mode=mode)
-    # 131 batches in the first epoch, the last of an example; all of the second wait.
-    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(1).take(FEW + 3)
-    for epoch in range(2):
-        host.fit(batches, verbose=0, callbacks=[probes])
-        counts = probes.results.frame().query("split == 'train' and metric == 'error'")["n"]
-        assert (counts == FEW + 3).all(), epoch
+    fit(host(), options, LinearProbeCallback(mode=mode), epochs=2)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_host_that_is_compiled_by_xla_later_on():
+    model, probes = host(), LinearProbeCallback()
+    fit(model, {}, probes, epochs=2)
+    fit(model, {"jit_compile": True}, probes, epochs=1)
+    fit(model, {}, probes, epochs=1)

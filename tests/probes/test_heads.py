@@ -275,6 +275,16 @@ def test_a_batch_with_nothing_finite_changes_nothing():
     assert probes.sums("train")[None]["a"]["count"] == 32
 
 
+def test_a_replica_without_an_example_spoils_nothing():
+    probes = probe_set({"tap": 5})
+    x, labels = blobs(n=32)
+    show(probes.train, {"tap": x}, labels)
+    reach = np.array(probes._groups[0].standardize.reach)
+    show(probes.train, {"tap": x[:0]}, labels[:0])
+    assert all(np.isfinite(v).all() for v in probes.variables.values())
+    np.testing.assert_allclose(probes._groups[0].standardize.reach, reach)
+
+
 def test_examples_without_a_label_are_left_out():
     x, labels = blobs(40)
     some = labels.copy()

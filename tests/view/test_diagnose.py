@@ -103,6 +103,10 @@ def test_probes_that_are_not_settled():
     (finding,) = diagnose(results_of(HEALTHY, certificate=certificates))
     assert (finding.code, finding.taps) == ("KP006", ("layer2",))
     assert finding.numbers == {"certificate": 0.3}
+    (finding,) = diagnose(results_of(HEALTHY, certificate=certificates | {"layer2": math.nan}))
+    assert finding.taps == ("layer2",)
+    assert "1 of" in finding.text
+    assert " nan " not in finding.text
     assert codes(results_of(HEALTHY, certificate=1e-4)) == set()
     assert "KP006" in diagnose(results_of(HEALTHY)).not_applicable
 
