@@ -8,7 +8,7 @@
 
 `step`: in one process, variants take turns, an epoch each, so that a machine whose speed drifts
 slows all alike; the time of a step, late in training, and its ratio to the bare host's of the same
-round. Of eight steps of the probes one does more, and with many classes batches of fewer than 64
+round. Of eight steps of the probes one does more, and with many classes batches of fewer than 128
 wait for others: it is the median over stretches of batches that have all of that, once. `kept` are
 steps whose batch is kept for settling; `settling` is what the end of such an epoch takes, in steps
 of the bare host. `first` and `memory`: a process for each variant and round; from the call of `fit`

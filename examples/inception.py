@@ -32,7 +32,7 @@ def build_inception(shape: tuple, classes: int) -> keras.Model:
 
 def main() -> None:
     """Prints the errors at four moments, and writes figures, graphs and the report."""
-    args = options(__doc__, "inception_out", epochs=8, quick="96 images, four epochs").parse_args()
+    args = options(__doc__, "inception_out", epochs=6, quick="96 images, four epochs").parse_args()
     keras.utils.set_random_seed(args.seed)
     limit, epochs = (96, 4) if args.quick else (2000, args.epochs)
     data = [(in_color(x, 75), y) for x, y in load_images(args.data, args.seed, limit)]

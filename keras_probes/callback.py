@@ -74,7 +74,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         num_classes: Number of classes, or a mapping from target names to it. Inferred from one-hot
             labels or from the model's output where it can be.
         optimizer: Keras optimizer for the probes; a copy is used. Adam by default. It takes a step
-            a batch; with 64 classes or more, small batches are put together.
+            a batch; with 128 classes or more, small batches are put together.
         metrics: Which of `"error"`, `"loss"` (cross-entropy in nats) and `"top5_error"` to report.
         mode: `"shared"`: probes read the model's own forward pass, at almost no cost, and the
             model trains as without them up to rounding. `"isolated"`: they run a second forward

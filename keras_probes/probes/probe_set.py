@@ -43,7 +43,7 @@ FEW, PACE = 128, 8
 # A step moves the weights of all classes however few its examples are: with many classes and small
 # batches that is most of what it costs. So where there are ROWS classes or more, a step after the
 # first FEW has at least ROWS examples: batches wait for others.
-ROWS = 64
+ROWS = 128
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target

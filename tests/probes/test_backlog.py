@@ -69,7 +69,7 @@ def test_after_few_steps_small_batches_wait_and_count_as_one():
     assert_same(probes, at_once)
 
     batch = draw(ROWS + 6, seed=1000)
-    for part in parts(batch, 40, 5, 25):
+    for part in parts(batch, ROWS - 40, 5, 41):
         train(*part)
     train_at_once(*batch)
     assert_same(probes, at_once)
