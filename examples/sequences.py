@@ -85,7 +85,7 @@ MODELS = {
 def main() -> None:
     """Prints errors and findings, and writes figure and report."""
     parser = options(
-        __doc__, "sequences_out", epochs=16, quick="1,000 names, one epoch", images=False
+        __doc__, "sequences_out", epochs=8, quick="1,000 names, one epoch", images=False
     )
     parser.add_argument("--model", choices=MODELS, default="lstm")
     args = parser.parse_args()
