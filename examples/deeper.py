@@ -20,7 +20,7 @@ MODELS = {
 
 def main() -> None:
     """Prints errors and findings, and writes figure and report."""
-    parser = options(__doc__, "deeper_out", epochs=6, quick="96 images, one epoch")
+    parser = options(__doc__, "deeper_out", epochs=3, quick="96 images, one epoch")
     parser.add_argument("--model", choices=MODELS, default="resnet101")
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
