@@ -8,6 +8,7 @@ Probes train along on global averages of each residual sum, or of each layer of 
 import keras
 from images import in_color, load_images
 from options import options
+from outcome import write
 
 from keras_probes import LinearProbeCallback
 
@@ -39,10 +40,7 @@ def main() -> None:
         *train, batch_size=32, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
     )
 
-    print(f"\n{probes.results.diagnose()}")
-    probes.results.save(args.out)
-    probes.results.plot().figure.savefig(args.out / "errors.png", dpi=150)
-    probes.results.report(args.out / "probes.html")
+    write(probes.results, args.out)
 
 
 if __name__ == "__main__":

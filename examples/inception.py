@@ -10,6 +10,7 @@ import keras
 from images import in_color, load_images
 from keras import layers
 from options import options
+from outcome import write
 
 from keras_probes import LinearProbeCallback, plot_probed_model
 
@@ -25,7 +26,7 @@ def build_inception(shape: tuple, classes: int) -> keras.Model:
         aux = layers.Conv2D(filters, 1, use_bias=False, name=f"aux_conv{place}")(aux)
         aux = layers.BatchNormalization(name=f"aux_norm{place}")(aux)
         aux = layers.ReLU(name=f"aux_relu{place}")(aux)
-    aux = layers.GlobalAveragePooling2D(name="aux_flat")(aux)
+    aux = layers.GlobalAveragePooling2D(name="aux_average")(aux)
     aux = layers.Dense(classes, "softmax", name="aux_head")(aux)
     return keras.Model(base.input, {"head": head, "aux_head": aux}, name="inception_v3")
 
@@ -63,16 +64,13 @@ def main() -> None:
             1 - fit.history[f"val_{head}_accuracy"][moment] for moment in moments
         ]
     print(f"\nError on {len(test[0]):,} test images\n{table.to_string(float_format='%.3f')}")
-    print(f"\n{results.diagnose()}")
+    write(results, args.out, epochs=moments)
+    table.to_csv(args.out / "errors.csv")
 
     if shutil.which("dot"):  # Graphviz, which pip does not install
         for moment in moments:
             path = args.out / f"inception-{moment + 1}.svg"
             plot_probed_model(model, results, path, epoch=moment, condensed=True)
-    results.plot(epochs=moments).figure.savefig(args.out / "errors.png", dpi=150)
-    results.save(args.out)
-    results.report(args.out / "probes.html")
-    table.to_csv(args.out / "errors.csv")
 
 
 if __name__ == "__main__":

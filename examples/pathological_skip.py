@@ -9,6 +9,7 @@ import keras
 from images import load_images
 from keras import layers
 from options import options
+from outcome import write
 
 from keras_probes import LinearProbeCallback
 
@@ -62,10 +63,7 @@ def main() -> None:
         *train, batch_size=32, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
     )
 
-    print(f"\n{probes.results.diagnose()}")
-    probes.results.save(args.out)
-    probes.results.report(args.out / "probes.html")
-    probes.results.plot().figure.savefig(args.out / "errors.png", dpi=150)
+    write(probes.results, args.out)
 
 
 if __name__ == "__main__":

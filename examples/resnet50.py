@@ -16,6 +16,7 @@ import keras
 import pandas as pd
 from images import in_color, load_images
 from options import options
+from outcome import write
 
 from keras_probes import ProbeResults, extract_features, fit_probes
 
@@ -79,11 +80,7 @@ def main() -> None:
     print(f"\nErrors of the optimal probes of {what}; the paper's are of the ImageNet weights")
     with pd.option_context("display.width", 120, "display.max_columns", None):
         print(table.to_string(float_format="%.3f"))
-    print(f"\n{results.diagnose()}")
-
-    results.save(args.out)
-    results.plot().figure.savefig(args.out / "errors.png", dpi=150)
-    results.report(args.out / "probes.html")
+    write(results, args.out)
 
 
 if __name__ == "__main__":

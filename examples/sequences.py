@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import layers
 from options import options
+from outcome import write
 
 from keras_probes import LinearProbeCallback
 
@@ -110,10 +111,7 @@ def main() -> None:
         *train, batch_size=64, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
     )
 
-    print(f"\n{probes.results.diagnose()}")
-    probes.results.save(args.out)
-    probes.results.plot().figure.savefig(args.out / "errors.png", dpi=150)
-    probes.results.report(args.out / "probes.html")
+    write(probes.results, args.out)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ def averaging_rate(updates: tf.Tensor) -> tf.Tensor:
     return tf.maximum((DECAY + 1.0) / (updates + DECAY), 1.0 / HORIZON)
 
 
+def compounded(rate: tf.Tensor, pace: tf.Tensor | float) -> tf.Tensor:
+    """Weight of a value in an average that it enters `pace` times, at this rate each."""
+    return 1.0 - (1.0 - rate) ** pace
+
+
 @keras.saving.register_keras_serializable(package="keras_probes")
 class Standardize(keras.layers.Layer):
     """Centres and scales the features of several taps of equal width by running statistics.
@@ -110,7 +115,7 @@ class Standardize(keras.layers.Layer):
 
         self.updates.assign_add(some * pace)
         rate = averaging_rate(tf.maximum(tf.convert_to_tensor(self.updates), 1.0))
-        rate = some * (1.0 - (1.0 - rate) ** pace)
+        rate = some * compounded(rate, pace)
         # The variance of a mixture of what was seen before and the batch, about the new mean.
         moved = rate * (of_all - so_far)
         self.variance.assign_add(rate * (square - self.variance) - tf.square(moved))

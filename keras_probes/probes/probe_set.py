@@ -24,6 +24,7 @@ from keras_probes.probes.heads import (
     SoftmaxHeads,
     Standardize,
     averaging_rate,
+    compounded,
     residual_of,
 )
 from keras_probes.probes.measures import SUMS, batch_sums
@@ -203,7 +204,7 @@ class ProbeSet:
     ) -> None:
         """One step of the optimizer, by the gradients of the loss and the penalty of each head."""
         heads = self._heads()
-        rate = 1.0 - (1.0 - averaging_rate(self._update())) ** pace
+        rate = compounded(averaging_rate(self._update()), pace)
 
         def penalised() -> list[tf.Tensor]:
             triples = zip(heads, gradients, penalties, strict=True)

@@ -88,12 +88,12 @@ def test_gradients_by_finite_differences(make):
 
 
 def test_of_many_steps_one_in_eight_takes_average_and_penalty():
-    x, labels = blobs(n=160 * 64, num_classes=3)
+    x, labels = blobs(n=160 * 10, num_classes=3)
     probes = probe_set({"tap": 5}, num_classes=3)
     (layer,) = probes._heads()
     mean = np.zeros(layer.kernel.shape)
     for step in range(1, 161):
-        part = slice(64 * step - 64, 64 * step)
+        part = slice(10 * step - 10, 10 * step)
         show(probes.train, {"tap": x[part]}, labels[part])
         rate = max(9 / (step + 8), 1 / heads.HORIZON)
         if step >= 128:
