@@ -11,9 +11,9 @@ slows all alike; the time of a step, late in training, and its ratio to the bare
 round. Of eight steps of the probes one does more, and with many classes batches of fewer than 128
 wait for others: it is the median over stretches of batches that have all of that, once. `kept` are
 steps whose batch is kept for settling; `settling` is what the end of such an epoch takes, in steps
-of the bare host. `first` and `memory`: a process for each variant and round; from the call of `fit`
-to the end of the first step, with all that is traced and compiled for it, and the most memory the
-process had.
+of the bare host. `first` and `memory`: a process for each variant and round; the first step, with
+all that is traced and compiled for it, alone and from the call of `fit`, in which the taps are
+found, and the most memory the process had.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from keras_probes.taps.graph import input_spec_of, trace
 from keras_probes.taps.select import select
 
 # How often a probe's parameters are moved in a step: Adam reads four arrays and writes three, the
-# gradient is written, two products read weights; one in eight steps the average reads two and
-# writes one, and so does the penalty.
-PASSES = 10 + 6 / PACE
+# gradient is written, two products read weights, the penalty reads two and writes one; one in eight
+# steps so does the average.
+PASSES = 13 + 3 / PACE
 
 
 def resnet50():
@@ -66,7 +66,7 @@ REDUCTIONS = {"gap": GlobalAverage, "random": lambda: RandomFeatures(seed=0)}
 
 
 class Clock(keras.callbacks.Callback):
-    """Seconds until the first step ends, of a later one, and from the last to the epoch's end."""
+    """Seconds of the first step, of a later one, and from the last to the epoch's end."""
 
     def __init__(self, batch):
         super().__init__()
@@ -77,6 +77,10 @@ class Clock(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.ends = [time.perf_counter()]
+        self.began = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.began = self.began or time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
         self.ends.append(time.perf_counter())
@@ -87,7 +91,7 @@ class Clock(keras.callbacks.Callback):
             between[start : start + self.stretch]
             for start in range(1, len(between) + 1 - self.stretch, self.stretch)
         ]
-        self.first = self.ends[1] - self.called
+        self.first, self.fit = self.ends[1] - self.began, self.ends[1] - self.called
         self.step = statistics.median(map(statistics.fmean, whole or [between[1:]]))
         self.settling = time.perf_counter() - self.ends[-1]
 
@@ -167,13 +171,14 @@ def apart(args):
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             figures[name].append(json.loads(printed.splitlines()[-1]))
     for name, values in figures.items():
-        ratios = [value / bare for value, bare in zip(values, figures["bare"], strict=True)]
-        unit = "s" if args.what == "first" else "MiB"
-        more = statistics.median(values) - statistics.median(figures["bare"])
-        print(
-            f"{name:9} {statistics.median(values):8.1f} {unit}, {more:+.1f}, ratio "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        for what in values[0]:
+            mine, bare = ([one[what] for one in figures[of]] for of in (name, "bare"))
+            ratios = [value / least for value, least in zip(mine, bare, strict=True)]
+            more = statistics.median(mine) - statistics.median(bare)
+            print(
+                f"{name:9} {what}: {statistics.median(mine):.1f}, {more:+.1f}, ratio "
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            )
 
 
 def imports(args):
@@ -195,8 +200,11 @@ def imports(args):
 
 def child(args):
     clock = Variant(args.child, args).run()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(clock.first if args.what == "first" else most))
+    figures = {"first step, s": clock.first, "from the call of fit, s": clock.fit}
+    if args.what == "memory":
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        figures = {"most memory, MiB": most / 1024}
+    print(json.dumps(figures))
 
 
 def limits(args):

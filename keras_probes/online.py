@@ -34,6 +34,8 @@ from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector
 
+LARGE = 2**25  # bytes of all probes together, from which on they wait for the host's step to end
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -350,7 +352,8 @@ class OnlineProbes:
             else:
                 # XLA compiles shared steps with the host's own.
                 gather = self.isolated or not self.host.jit_compile
-                side.probes.train(features, labels, weights, gather=gather)
+                with tf.control_dependencies(self._waits_for()):
+                    side.probes.train(features, labels, weights, gather=gather)
 
     def sums(self, kind: Kind) -> Sums:
         """What was measured since the epoch or evaluation began, by target, tap and name."""
@@ -410,6 +413,16 @@ class OnlineProbes:
         }
         features = {tap: rows["tap", tap] for tap in self.plan.n_features}
         return side.probes.settle(features, labels, weights)
+
+    def _waits_for(self) -> list[tf.Tensor]:
+        """What a step of the probes has to come after.
+
+        Large probes wait until the host has updated its first weights, whose gradient comes last:
+        the memory they need for a moment is then what its activations have left, and not on top.
+        """
+        large = sum(memory for _, memory in self.sizes().values()) >= LARGE
+        first = self.host.trainable_variables[:1] if large and not self.isolated else []
+        return [tf.convert_to_tensor(variable) for variable in first]
 
     def _widths(self) -> dict[str, Width]:
         return {t.tap.name: Width(t.n_features, t.rank) for t in self.plan.taps}

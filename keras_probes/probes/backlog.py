@@ -17,16 +17,12 @@ class Backlog:
     """
 
     def __init__(self, specs: Sequence[tf.TensorSpec]):
+        self._specs = specs
         self._axes = [spec.shape.as_list().index(None) for spec in specs]
         self._held = [
-            tf.Variable(
-                tf.zeros([size or 0 for size in spec.shape], spec.dtype),
-                shape=spec.shape,
-                trainable=False,
-            )
-            for spec in specs
+            tf.Variable(nothing, shape=spec.shape, trainable=False)
+            for spec, nothing in zip(specs, self._nothing(), strict=True)
         ]
-        self._count = tf.Variable(0, trainable=False)  # of examples that wait
 
     def pass_on(
         self, batch: Sequence[tf.Tensor], least: tf.Tensor, take: Callable[[list[tf.Tensor]], Any]
@@ -38,30 +34,40 @@ class Backlog:
             least: int32: how many examples are enough.
             take: What is done with them.
         """
-        joined = tf.cond(self._count > 0, lambda: self._joined(batch), lambda: list(batch))
-        count = tf.shape(joined[0])[self._axes[0]]
+        triples = zip(self._held, batch, self._axes, strict=True)
+        joined = [tf.concat([held, part], axis) for held, part, axis in triples]
+        count = self._count(joined)
 
         def go() -> tf.Tensor:
             take(joined)
-            return self._count.assign(0)
+            # Of a length unknown while traced: TensorFlow would take it for that of what waits.
+            nobody = tf.range(count, count)
+            for held, part, axis in zip(self._held, joined, self._axes, strict=True):
+                held.assign(tf.gather(part, nobody, axis=axis))
+            return least
 
         def wait() -> tf.Tensor:
             for held, part in zip(self._held, joined, strict=True):
                 held.assign(part)
-            return self._count.assign(count)
+            return least
 
         tf.cond(count >= least, go, wait)
 
     def empty(self, take: Callable[[list[tf.Tensor]], Any]) -> None:
         """Gives `take` what waits, if anything does; not to be called within a graph."""
-        if self._count.numpy():
-            take([held.value() for held in self._held])
+        held = [each.value() for each in self._held]
+        if self._count(held) > 0:
+            take(held)
             self.clear()
 
     def clear(self) -> None:
         """Forgets what waits."""
-        self._count.assign(0)
+        for held, nothing in zip(self._held, self._nothing(), strict=True):
+            held.assign(nothing)
 
-    def _joined(self, batch: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        triples = zip(self._held, batch, self._axes, strict=True)
-        return [tf.concat([held, part], axis) for held, part, axis in triples]
+    def _count(self, batch: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Number of examples."""
+        return tf.shape(batch[0])[self._axes[0]]
+
+    def _nothing(self) -> list[tf.Tensor]:
+        return [tf.zeros([size or 0 for size in s.shape], s.dtype) for s in self._specs]

@@ -17,7 +17,7 @@ Where a projection is to be learned with the head (section 3.4, second suggestio
 P V of two matrices, (n_features, rank) and (rank, num_classes).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -47,100 +47,126 @@ def averaging_rate(updates: tf.Tensor) -> tf.Tensor:
     return tf.maximum((DECAY + 1.0) / (updates + DECAY), 1.0 / HORIZON)
 
 
-def compounded(rate: tf.Tensor, pace: tf.Tensor | float) -> tf.Tensor:
-    """Weight of a value in an average that it enters `pace` times, at this rate each."""
-    return 1.0 - (1.0 - rate) ** pace
+def compounded(rate: tf.Tensor, times: tf.Tensor | float) -> tf.Tensor:
+    """Weight of a value in an average that it enters several times, at this rate each."""
+    return 1.0 - (1.0 - rate) ** times
 
 
 @keras.saving.register_keras_serializable(package="keras_probes")
 class Standardize(keras.layers.Layer):
-    """Centres and scales the features of several taps of equal width by running statistics.
+    """Centres and scales the features of taps by running statistics.
 
-    A feature that has not varied yet is given as 0.
+    A feature that has not varied yet is given as 0. The statistics of all taps lie side by side.
 
-    Input: list of `n_taps` float32 tensors, shape (batch, n_features).
-    Output: float32, shape (n_taps, batch, n_features).
+    Args:
+        shapes: Number of taps and of features of each group of taps of equal width.
+
+    Input: by group, list of `n_taps` float32 tensors, shape (batch, n_features).
+    Output: by group, float32, shape (n_taps, batch, n_features).
     """
 
-    def __init__(self, n_taps: int, n_features: int, **kwargs: Any):
+    def __init__(self, shapes: Sequence[tuple[int, int]], **kwargs: Any):
         super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
-        self.n_taps, self.n_features = n_taps, n_features
-        shape = (n_taps, 1, n_features)
-        self.mean = self.add_weight(shape, "zeros", name="mean", **SAME)
-        self.variance = self.add_weight(shape, "zeros", name="variance", **SAME)
-        self.reach = self.add_weight(shape, "zeros", name="reach", **SAME)
-        self.updates = self.add_weight((n_taps, 1, 1), "zeros", name="updates", **SAME)
+        self.shapes = tuple((n_taps, n_features) for n_taps, n_features in shapes)
+        widths = [n_features for n_taps, n_features in self.shapes for _ in range(n_taps)]
+        self._tap_of = tf.constant(np.repeat(np.arange(len(widths)), widths), tf.int32)
+        self._unit = tf.constant(np.repeat(1 / np.sqrt(widths), widths), tf.float32)
+        self.mean, self.variance, self.reach, self.updates = (
+            self.add_weight((sum(widths),), "zeros", name=name, **SAME)
+            for name in ("mean", "variance", "reach", "updates")
+        )
         self.built = True
 
     def call(self, inputs):
-        return self.standardized(ops.stack(inputs))
+        return self.standardized([ops.stack(of_group) for of_group in inputs])
 
-    def standardized(self, x: tf.Tensor) -> tf.Tensor:
-        """Features of all taps as z, both of shape (n_taps, batch, n_features)."""
-        return (x - self.mean) * self.scale()
+    def standardized(self, x: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Features as z, both by group, shape (n_taps, batch, n_features)."""
+        mean = self._by_group(tf.convert_to_tensor(self.mean))
+        scale = self._by_group(self.scale())
+        return [(of - m) * s for of, m, s in zip(x, mean, scale, strict=True)]
 
     def scale(self) -> tf.Tensor:
-        """1 / (spread * sqrt(n_features)), float32, shape (n_taps, 1, n_features)."""
+        """1 / (spread * sqrt(n_features)), float32, of all features side by side."""
         mean, variance, reach = map(tf.convert_to_tensor, (self.mean, self.variance, self.reach))
-        inverse = inverse_spread(mean, variance, reach, rounding=1e-6)
-        return inverse / float(np.sqrt(self.n_features))
+        return inverse_spread(mean, variance, reach, rounding=1e-6) * self._unit
 
     def update(
-        self, x: tf.Tensor, mean: tf.Tensor, finite: tf.Tensor, pace: tf.Tensor | float = 1.0
+        self, x: Sequence[tf.Tensor], finite: tf.Tensor, times: tf.Tensor | float = 1.0
     ) -> None:
-        """Takes a batch into the statistics.
+        """Takes examples into the statistics.
 
         Args:
-            x: float32, shape (n_taps, batch, n_features); examples that do not count are the mean
-                of those that do.
-            mean: Of the examples, float32, shape (n_taps, 1, n_features).
-            finite: float32, shape (n_taps, batch): 1 for the examples that count.
-            pace: How many batches it stands for.
+            x: By group, float32, shape (n_taps, n, n_features); 0 for examples that do not count.
+            finite: Of all taps, float32, shape (sum of n_taps, n): 1 for the examples that count.
+            times: How many batches they stand for.
         """
-        here = tf.reduce_sum(finite, axis=1)[:, None, None]
-        count = sum_over_replicas(here)
+        by_example = [tf.transpose(of_group, (1, 0, 2)) for of_group in x]
+        pairs = zip(by_example, self.shapes, strict=True)
+        side_by_side = tf.concat([tf.reshape(of, (-1, n * width)) for of, (n, width) in pairs], 1)
+        counts = tf.gather(tf.transpose(finite), self._tap_of, axis=1)
+        count = sum_over_replicas(tf.reduce_sum(counts, axis=0))
         some = tf.cast(count > 0, tf.float32)
         count = tf.maximum(count, 1.0)
-        of_all = sum_over_replicas(here * mean) / count
+        of_all = sum_over_replicas(tf.reduce_sum(side_by_side, axis=0)) / count
 
         # Distances from the mean so far: one pass over them gives both variance and reach.
         so_far = tf.where(self.updates > 0, self.mean, of_all)
-        squares = tf.math.squared_difference(x, so_far)
-        left_out = tf.cast(tf.shape(x)[1], tf.float32) - here
-        total = tf.reduce_sum(squares, axis=1, keepdims=True)
-        total -= left_out * tf.math.squared_difference(mean, so_far)
-        square = sum_over_replicas(total) / count
-        farthest = tf.reduce_max(squares, axis=1, keepdims=True)  # -inf of no examples
-        reach = tf.sqrt(max_over_replicas(tf.where(here > 0, farthest, 0.0)))
+        squares = counts * tf.math.squared_difference(side_by_side, so_far)
+        square = sum_over_replicas(tf.reduce_sum(squares, axis=0)) / count
+        farthest = tf.maximum(tf.reduce_max(squares, axis=0), 0.0)  # -inf of no examples
+        reach = tf.sqrt(max_over_replicas(farthest))
 
-        self.updates.assign_add(some * pace)
+        self.updates.assign_add(some * times)
         rate = averaging_rate(tf.maximum(tf.convert_to_tensor(self.updates), 1.0))
-        rate = some * compounded(rate, pace)
+        rate = some * compounded(rate, times)
         # The variance of a mixture of what was seen before and the batch, about the new mean.
         moved = rate * (of_all - so_far)
         self.variance.assign_add(rate * (square - self.variance) - tf.square(moved))
         self.mean.assign_add(rate * (of_all - self.mean))
-        faded = (1.0 - some * pace / HORIZON) * self.reach  # of a host that has moved on
+        faded = (1.0 - some * times / HORIZON) * self.reach  # of a host that has moved on
         self.reach.assign(tf.maximum(reach, faded))
 
-    def restart(self, place: int, x: tf.Tensor) -> tf.Tensor:
+    def restart(self, group: int, place: int, x: tf.Tensor) -> tf.Tensor:
         """Takes the statistics of one tap from examples at hand alone; returns their z.
 
         Args:
-            place: Of the tap.
+            group: Of the tap.
+            place: Of the tap in its group.
             x: float32, shape (n, n_features), all finite.
         """
-        mean, variance = tf.nn.moments(x, axes=0, keepdims=True)
-        reach = tf.reduce_max(tf.abs(x - mean), axis=0, keepdims=True)
+        mean, variance = tf.nn.moments(x, axes=0)
+        reach = tf.reduce_max(tf.abs(x - mean), axis=0)
+        span = self._span(group, place)
         for variable, value in ((self.mean, mean), (self.variance, variance), (self.reach, reach)):
-            _put(variable, {place: value})
-        return (x - mean) * self.scale()[place]
+            _put(variable, [(span, value)])
+        return (x - mean) * self.scale()[span]
+
+    def of_tap(self, group: int, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and scale of one tap's features, float32, shape (n_features,)."""
+        span = self._span(group, place)
+        return self.mean.numpy()[span], self.scale().numpy()[span]
+
+    def _span(self, group: int, place: int) -> slice:
+        """Where the features of a tap are."""
+        start = sum(n_taps * n_features for n_taps, n_features in self.shapes[:group])
+        width = self.shapes[group][1]
+        return slice(start + place * width, start + (place + 1) * width)
+
+    def _by_group(self, flat: tf.Tensor) -> list[tf.Tensor]:
+        """What is known of each feature, by group, shape (n_taps, 1, n_features)."""
+        parts = tf.split(flat, [n_taps * n_features for n_taps, n_features in self.shapes])
+        shapes = [(n_taps, 1, n_features) for n_taps, n_features in self.shapes]
+        return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def compute_output_shape(self, input_shape):
-        return (self.n_taps, input_shape[0][0], self.n_features)
+        return [
+            (n_taps, of_group[0][0], n_features)
+            for (n_taps, n_features), of_group in zip(self.shapes, input_shape, strict=True)
+        ]
 
     def get_config(self):
-        return {**super().get_config(), "n_taps": self.n_taps, "n_features": self.n_features}
+        return {**super().get_config(), "shapes": self.shapes}
 
 
 @keras.saving.register_keras_serializable(package="keras_probes")
@@ -183,23 +209,22 @@ class SoftmaxHeads(keras.layers.Layer):
         """W and b of the predictions, (n_taps, n_features, num_classes) and (n_taps, 1, ...)."""
         return self.mean_kernel.value, self.mean_bias.value
 
-    def gradients(self, inputs: tf.Tensor, residual: tf.Tensor) -> list[tf.Tensor]:
-        """Gradients of the loss in the order of `averaged`, of all replicas' examples.
+    def gradients(
+        self, inputs: tf.Tensor, residual: tf.Tensor, penalty: tf.Tensor | float
+    ) -> list[tf.Tensor]:
+        """Gradients of the loss plus `penalty / 2 * |W|^2`, of all replicas' examples.
 
         Args:
             inputs: float32, shape (n_taps, batch, n_features).
             residual: Gradient of the loss in the logits, as `residual_of` gives it.
+            penalty: Shape () or (n_taps, 1, 1); neither bias nor projection has one.
+
+        Returns:
+            Gradients in the order of `averaged`.
         """
         by_kernel = sum_over_replicas(tf.matmul(inputs, residual, transpose_a=True))
         by_bias = sum_over_replicas(tf.reduce_sum(residual, axis=1, keepdims=True))
-        return [by_kernel, by_bias]
-
-    def penalised(
-        self, gradients: Sequence[tf.Tensor], penalty: tf.Tensor | float
-    ) -> list[tf.Tensor]:
-        """The same of the loss plus `penalty / 2 * |W|^2`; neither bias nor projection has one."""
-        by_kernel, *others = gradients
-        return [by_kernel + penalty * self.kernel, *others]
+        return [by_kernel + penalty * self.kernel, by_bias]
 
     def projected(self, place: int, z: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
         """What the kernel of one tap is applied to, of z, float32, shape (n, n_features)."""
@@ -207,16 +232,19 @@ class SoftmaxHeads(keras.layers.Layer):
 
     def restart(self, kernels: Mapping[int, np.ndarray], biases: Mapping[int, np.ndarray]) -> None:
         """Goes on from these kernels and biases, by tap, and the averages of anything else."""
-        _put(self.mean_kernel, kernels)
-        _put(self.mean_bias, biases)
+        _put(self.mean_kernel, kernels.items())
+        _put(self.mean_bias, biases.items())
         for variable, mean in self.averaged:
             held = mean.numpy()
-            _put(variable, {place: held[place] for place in kernels})
+            _put(variable, [(place, held[place]) for place in kernels])
 
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
         for variable, mean in self.averaged:
-            mean.assign_add(rate * (variable - mean))
+            # mean -= rate * (mean - variable), where it is.
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=mean.value.handle, alpha=rate, delta=mean - variable
+            )
 
     def compute_output_shape(self, input_shape):
         return [(input_shape[1], self.num_classes)] * self.n_taps
@@ -270,12 +298,14 @@ class ProjectedHeads(SoftmaxHeads):
         kernel, bias = super().mean_weights()
         return ops.matmul(self._scaled(self.mean_projection), kernel), bias
 
-    def gradients(self, inputs: tf.Tensor, residual: tf.Tensor) -> list[tf.Tensor]:
+    def gradients(
+        self, inputs: tf.Tensor, residual: tf.Tensor, penalty: tf.Tensor | float
+    ) -> list[tf.Tensor]:
         projected = tf.matmul(inputs, self._scaled(self.projection))
         by_projected = tf.matmul(residual, self.kernel, transpose_b=True)
         by_projection = sum_over_replicas(tf.matmul(inputs, by_projected, transpose_a=True))
         by_projection = self._scaled(by_projection)
-        return [*super().gradients(projected, residual), by_projection]
+        return [*super().gradients(projected, residual, penalty), by_projection]
 
     def get_config(self):
         return {**super().get_config(), "rank": self.rank, "seed": self.seed}
@@ -285,10 +315,10 @@ class ProjectedHeads(SoftmaxHeads):
         return projection * (_PROJECTION_UNIT / float(np.sqrt(self.rank)))
 
 
-def _put(variable: keras.Variable, values: Mapping[int, Any]) -> None:
-    """Sets what a variable holds of some taps, in all replicas: assigning to slices would not."""
+def _put(variable: keras.Variable, values: Iterable[tuple[int | slice, Any]]) -> None:
+    """Sets what a variable holds at some places, in all replicas: assigning to slices would not."""
     held = np.array(variable.numpy())
-    for place, value in values.items():
+    for place, value in values:
         held[place] = value
     variable.assign(held)
 

@@ -92,4 +92,4 @@ def batch_sums(
         (1.0 - finite) * labelled,
         tf.broadcast_to(1.0 - labelled, tf.shape(finite)),
     ]
-    return tf.stack([tf.reduce_sum(tf.cast(c, tf.float64), axis=1) for c in columns], axis=1)
+    return tf.reduce_sum(tf.cast(tf.stack(columns, axis=1), tf.float64), axis=2)

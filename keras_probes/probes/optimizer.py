@@ -19,18 +19,23 @@ class OnePassAdam(keras.optimizers.Adam):
     out, and goes over weights and slots a dozen times.
     """
 
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Takes a step; arguments as of `keras.optimizers.Adam.apply`."""
+        step = tf.cast(tf.convert_to_tensor(self.iterations) + 1, tf.float32)
+        self._powers = tf.pow(self.beta_1, step), tf.pow(self.beta_2, step)
+        super().apply(grads, trainable_variables)
+
     def update_step(
         self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
     ) -> None:
         """Moves a variable; arguments as of `keras.optimizers.Adam.update_step`."""
         place = self._get_variable_index(variable)
-        step = tf.cast(tf.convert_to_tensor(self.iterations) + 1, variable.dtype)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[place].value.handle,
             v=self._velocities[place].value.handle,
-            beta1_power=tf.pow(self.beta_1, step),
-            beta2_power=tf.pow(self.beta_2, step),
+            beta1_power=self._powers[0],
+            beta2_power=self._powers[1],
             lr=tf.cast(learning_rate, variable.dtype),
             beta1=self.beta_1,
             beta2=self.beta_2,

@@ -10,7 +10,7 @@ comes of these is the same in each.
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -36,15 +36,14 @@ from keras_probes.probes.settle import ENOUGH, Settled, settle
 # be learned by heart, noisy ones most of all.
 PRIOR = 1.5
 
-# Averages of weights and their penalty move more memory than Adam does, and statistics go over the
-# features as often as all else does. After FEW steps, one of PACE takes them upon itself for all:
-# averages are over many more steps than that by then.
-FEW, PACE = 128, 8
-
-# A step moves the weights of all classes however few its examples are: with many classes and small
-# batches that is most of what it costs. So where there are ROWS classes or more, a step after the
-# first FEW has at least ROWS examples: batches wait for others.
-ROWS = 128
+# The first FEW steps spare nothing: much is still to be learned. After that,
+#
+# - one step in PACE takes upon itself, for all, what goes into statistics and averages: that moves
+#   as much memory as all else, and these are of many steps by then;
+# - where there are ROWS classes or more, a step has at least ROWS examples: batches wait for
+#   others. A step moves the weights of all classes however few its examples are, which with many
+#   classes and small batches is most of what it costs.
+FEW, PACE, ROWS = 128, 8, 128
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
@@ -72,16 +71,16 @@ def parameters_of(width: Width, num_classes: int) -> int:
 
 
 def memory_of(width: Width, num_classes: int) -> int:
-    """Bytes one probe takes: its parameters, their average, gradient and two optimizer slots."""
-    return 4 * (5 * parameters_of(width, num_classes) + 2 * width.n_features)
+    """Bytes one probe takes: parameters, average, gradient, two optimizer slots, statistics."""
+    return 4 * (5 * parameters_of(width, num_classes) + 4 * width.n_features)
 
 
 @dataclasses.dataclass
 class _Group:
-    """The taps of one width: one standardisation, one stack of heads a target."""
+    """The taps of one width: one stack of heads a target."""
 
     taps: list[str]
-    standardize: Standardize
+    n_features: int
     heads: dict[str | None, SoftmaxHeads]
 
 
@@ -109,6 +108,8 @@ class ProbeSet:
         for tap, width in widths.items():
             by_width[width].append(tap)
         self._groups = [_group(taps, width, num_classes, seed) for width, taps in by_width.items()]
+        shapes = [(len(group.taps), group.n_features) for group in self._groups]
+        self._standardize = Standardize(shapes, name="standardize")
         # Batches, and steps that were taken on them.
         self._steps = keras.Variable(0.0, dtype="float32", name="probe_steps", **SAME)
         self._updates = keras.Variable(0.0, dtype="float32", name="probe_updates", **SAME)
@@ -172,68 +173,46 @@ class ProbeSet:
     def _learn(self, batch: Sequence[tf.Tensor]) -> None:
         """A step on features by group, then labels and weights by target, in one list."""
         rest = iter(batch)
-        x, mean, finite = self._finite(list(itertools.islice(rest, len(self._groups))))
+        x, finite = self._finite(list(itertools.islice(rest, len(self._groups))))
         labels, weights = ({target: next(rest) for target in self.targets} for _ in range(2))
-        pace = self._paced()
-
-        def update() -> tf.Tensor:
-            for place, group in enumerate(self._groups):
-                group.standardize.update(x[place], mean[place], finite[place], pace)
-            return pace
-
-        self._if_due(pace, update, lambda: pace)
-        z = self._standardized(x)
+        z = self._standardize.standardized(x)
         sums = self._add_up("train", z, finite, labels, weights)
 
-        penalties, gradients = self._penalties(sums), []
+        penalties, gradients = iter(self._penalties(sums)), []
         for target in self.targets:
             heads = [group.heads[target] for group in self._groups]
             logits = [head.logits(of_group) for head, of_group in zip(heads, z, strict=True)]
-            weight = tf.concat(finite, axis=0) * weights[target]
+            weight = finite * weights[target]
             residual = residual_of(tf.concat(logits, axis=0), labels[target], weight)
             parts = tf.split(residual, [len(group.taps) for group in self._groups])
             for head, of_group, part in zip(heads, z, parts, strict=True):
-                gradients.append(head.gradients(of_group, part))
-        self._step(gradients, penalties, pace)
-
-    def _step(
-        self,
-        gradients: Sequence[Sequence[tf.Tensor]],
-        penalties: Sequence[tf.Tensor],
-        pace: tf.Tensor,
-    ) -> None:
-        """One step of the optimizer, by the gradients of the loss and the penalty of each head."""
-        heads = self._heads()
-        rate = compounded(averaging_rate(self._update()), pace)
-
-        def penalised() -> list[tf.Tensor]:
-            triples = zip(heads, gradients, penalties, strict=True)
-            return [g for head, of, penalty in triples for g in head.penalised(of, pace * penalty)]
-
-        def average() -> tf.Tensor:
-            for head in heads:
-                head.average(rate)
-            return rate
-
-        of_loss = [gradient for of in gradients for gradient in of]
-        of_loss = self._if_due(pace, penalised, lambda: of_loss)
-        self.optimizer.apply(of_loss, self._trainable())
-        self._if_due(pace, average, lambda: rate)
+                gradients += head.gradients(of_group, part, next(penalties))
+        self.optimizer.apply(gradients, self._trainable())
+        self._follow(x, finite)
         self._updates.assign_add(1.0)
 
-    def _paced(self) -> tf.Tensor:
-        """For how many steps this one takes upon itself what need not be done in each, float32."""
+    def _follow(self, x: Sequence[tf.Tensor], finite: tf.Tensor) -> None:
+        """Takes examples into the statistics, and weights into the averages, see `PACE`."""
         step = self._update()
         turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
-        return tf.where(step < FEW, 1.0, turn)
+        pace = tf.where(step < FEW, 1.0, turn)  # for how many steps this one does it
 
-    def _if_due(self, pace: tf.Tensor, due: Callable[[], Any], else_: Callable[[], Any]) -> Any:
-        return tf.cond(pace > 0, due, else_) if self._pace > 1 else due()
+        def follow() -> tf.Tensor:
+            self._standardize.update(x, finite, pace)
+            rate = compounded(averaging_rate(step), pace)
+            for head in self._heads():
+                head.average(rate)
+            return pace
+
+        if self._pace > 1:
+            tf.cond(pace > 0, follow, lambda: pace)
+        else:
+            follow()
 
     def test(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch; arguments as for `train`."""
-        x, _, finite = self._finite(self._stacked(features))
-        self._add_up("test", self._standardized(x), finite, labels, weights)
+        x, finite = self._finite(self._stacked(features))
+        self._add_up("test", self._standardize.standardized(x), finite, labels, weights)
 
     def settle(
         self, features: Mapping[str, tf.Tensor], labels: Labels, weights: Labels
@@ -250,7 +229,7 @@ class ProbeSet:
             for so few examples are not there: they stay as they were.
         """
         found: dict[tuple[str | None, str], Settled] = {}
-        for group in self._groups:
+        for at, group in enumerate(self._groups):
             after: dict[str | None, dict[int, Settled]] = {target: {} for target in group.heads}
             before = {target: heads.mean_kernel.numpy() for target, heads in group.heads.items()}
             for place, tap in enumerate(group.taps):
@@ -258,7 +237,7 @@ class ProbeSet:
                 x = tf.boolean_mask(features[tap], finite)
                 if len(x) < ENOUGH * x.shape[1]:
                     continue
-                z = group.standardize.restart(place, x)
+                z = self._standardize.restart(at, place, x)
                 for target, heads in group.heads.items():
                     settled = settle(
                         heads.projected(place, z),
@@ -279,7 +258,7 @@ class ProbeSet:
 
     def _batch_specs(self) -> list[tf.TensorSpec]:
         """Of what `_learn` takes."""
-        shapes = [(len(g.taps), None, g.standardize.n_features) for g in self._groups]
+        shapes = [(len(group.taps), None, group.n_features) for group in self._groups]
         per_example = [tf.TensorSpec([None], t) for t in ("int32", "float32") for _ in self.targets]
         return [*map(tf.TensorSpec, shapes), *per_example]
 
@@ -287,35 +266,26 @@ class ProbeSet:
         """Features by group: float32, shape (n_taps, batch, n_features)."""
         return [tf.stack([features[tap] for tap in group.taps]) for group in self._groups]
 
-    def _finite(
-        self, x: Sequence[tf.Tensor]
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+    def _finite(self, x: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Leaves out the examples that have a NaN or infinite feature at a tap.
 
         Args:
             x: By group, float32, shape (n_taps, batch, n_features).
 
         Returns:
-            By group: x, with the mean of the others in the place of these examples; that mean,
-            shape (n_taps, 1, n_features); and float32, shape (n_taps, batch): 1 for the examples
-            that count.
+            The same, with 0 in the place of these examples; and of all taps, float32, shape (taps,
+            batch): 1 for the examples that count.
         """
-        means = [tf.reduce_mean(of_group, axis=1, keepdims=True) for of_group in x]
-        # One such feature makes its mean another: that spares a look at each of them.
-        clean = tf.reduce_all([tf.reduce_all(tf.math.is_finite(mean)) for mean in means])
+        # One such feature makes a sum another: that spares a look at each of them.
+        totals = [tf.reduce_sum(of_group, axis=2) for of_group in x]
+        finite = tf.math.is_finite(tf.concat(totals, axis=0))
+        parts = tf.split(finite[..., None], [len(group.taps) for group in self._groups])
 
-        def as_they_are() -> tuple:
-            return list(x), means, [tf.ones(tf.shape(of_group)[:2]) for of_group in x]
+        def without() -> list[tf.Tensor]:
+            return [tf.where(part, of, 0.0) for part, of in zip(parts, x, strict=True)]
 
-        def without() -> tuple:
-            found = zip(*map(_without_nonfinite, x), strict=True)
-            return tuple(map(list, found))
-
-        return tf.cond(clean, as_they_are, without)
-
-    def _standardized(self, x: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        pairs = zip(self._groups, x, strict=True)
-        return [group.standardize.standardized(of_group) for group, of_group in pairs]
+        kept = tf.cond(tf.reduce_all(finite), lambda: list(x), without)
+        return kept, tf.cast(finite, tf.float32)
 
     def _penalties(self, sums: tf.Tensor) -> list[tf.Tensor]:
         """The l2 penalty of each of `_heads`, shape (n_taps, 1, 1).
@@ -334,17 +304,16 @@ class ProbeSet:
         self._examples.assign(n)
 
         heads = self._heads()
-        losses = tf.split(tf.convert_to_tensor(self._loss), [head.n_taps for head in heads])
-        shares = (
-            of / float(np.log(max(2, h.num_classes))) for h, of in zip(heads, losses, strict=True)
-        )
-        return [PRIOR / n * tf.square(share)[:, None, None] for share in shares]
+        guess = [np.log(max(2, head.num_classes)) for head in heads for _ in range(head.n_taps)]
+        share = tf.convert_to_tensor(self._loss) / np.array(guess, "float32")
+        penalties = PRIOR / n * tf.square(share)
+        return tf.split(penalties[:, None, None], [head.n_taps for head in heads])
 
     def _add_up(
         self,
         kind: Literal["train", "test"],
         z: Sequence[tf.Tensor],
-        finite: Sequence[tf.Tensor],
+        finite: tf.Tensor,
         labels: Labels,
         weights: Labels,
     ) -> tf.Tensor:
@@ -353,9 +322,8 @@ class ProbeSet:
         for target in self.targets:
             pairs = zip(self._groups, z, strict=True)
             logits = [group.heads[target].mean_logits(of_group) for group, of_group in pairs]
-            counts = tf.concat(finite, axis=0)
             rows.append(
-                batch_sums(tf.concat(logits, axis=0), labels[target], weights[target], counts)
+                batch_sums(tf.concat(logits, axis=0), labels[target], weights[target], finite)
             )
             counted = self._labels[kind, target]
             of_class = tf.one_hot(labels[target], counted.shape[0], dtype=tf.float64)
@@ -389,13 +357,13 @@ class ProbeSet:
 
     def weights(self, tap: str, target: str | None) -> tuple[np.ndarray, np.ndarray]:
         """The probe on the raw features: float32 W (n_features, num_classes), b (num_classes,)."""
-        group = next(g for g in self._groups if tap in g.taps)
-        position, heads = group.taps.index(tap), group.heads[target]
+        at, group = next((at, g) for at, g in enumerate(self._groups) if tap in g.taps)
+        place = group.taps.index(tap)
         # float64, since the two terms of b can be large and of opposite sign.
-        scale = group.standardize.scale().numpy().astype("float64")[position, 0]
-        shift = group.standardize.mean.value.numpy().astype("float64")[position, 0] * scale
-        kernel, bias = (np.asarray(w, "float64")[position] for w in heads.mean_weights())
-        folded = scale[:, None] * kernel, bias[0] - shift @ kernel
+        mean, scale = (np.asarray(of, "float64") for of in self._standardize.of_tap(at, place))
+        weights = group.heads[target].mean_weights()
+        kernel, bias = (np.asarray(of_group, "float64")[place] for of_group in weights)
+        folded = scale[:, None] * kernel, bias[0] - (mean * scale) @ kernel
         return folded[0].astype("float32"), folded[1].astype("float32")
 
     @property
@@ -406,19 +374,16 @@ class ProbeSet:
     def outputs(self, features: Features) -> dict[str | None, dict[str, tf.Tensor]]:
         """Returns `outputs[target][tap]`: probabilities, float32, shape (batch, num_classes)."""
         found: dict[str | None, dict[str, Any]] = {target: {} for target in self.targets}
-        for group in self._groups:
-            z = group.standardize([features[tap] for tap in group.taps])
+        z = self._standardize([[features[tap] for tap in group.taps] for group in self._groups])
+        for of_group, group in zip(z, self._groups, strict=True):
             for target, heads in group.heads.items():
-                found[target].update(zip(group.taps, heads(z), strict=True))
+                found[target].update(zip(group.taps, heads(of_group), strict=True))
         return {target: {tap: found[target][tap] for tap in self.taps} for target in self.targets}
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
         """All that training changes but the sums: weights, statistics and optimizer slots."""
-        layers: list[keras.layers.Layer] = [
-            *(group.standardize for group in self._groups),
-            *self._heads(),
-        ]
+        layers: list[keras.layers.Layer] = [self._standardize, *self._heads()]
         found = {f"{layer.name}/{v.name}": v for layer in layers for v in layer.variables}
         slots = {f"optimizer/{i}": v for i, v in enumerate(self.optimizer.variables)}
         return {
@@ -454,13 +419,4 @@ def _group(
             heads[target] = SoftmaxHeads(*shape, classes, name=named)
         else:
             heads[target] = ProjectedHeads(*shape, classes, width.rank, seed, name=named)
-    return _Group(taps, Standardize(*shape, name=f"standardize_{name}"), heads)
-
-
-def _without_nonfinite(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """`ProbeSet._finite` of one group."""
-    finite = tf.reduce_all(tf.math.is_finite(x), axis=2, keepdims=True)
-    total = tf.reduce_sum(tf.where(finite, x, 0.0), axis=1, keepdims=True)
-    counts = tf.cast(finite, tf.float32)
-    mean = tf.math.divide_no_nan(total, tf.reduce_sum(counts, axis=1, keepdims=True))
-    return tf.where(finite, x, mean), mean, counts[..., 0]
+    return _Group(taps, width.n_features, heads)

@@ -23,13 +23,15 @@ def draw(rows, seed):
     return features, {None: rng.integers(0, CLASSES, rows)}, {None: rng.uniform(0, 2, rows)}
 
 
-def make_train(gather):
+def make_train(waits):
     """Probes, and their `train` as a compiled step."""
     probes = ProbeSet(WIDTHS, {None: CLASSES}, own_optimizer(None))
+    if not waits:
+        probes._backlog = None
 
     @tf.function(reduce_retracing=True)
     def train(features, labels, weights):
-        probes.train(features, labels, weights, gather=gather)
+        probes.train(features, labels, weights)
 
     def on_arrays(features, labels, weights):
         train(

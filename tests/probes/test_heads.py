@@ -75,7 +75,7 @@ def test_gradients_by_finite_differences(make):
 
     logits = layer.logits(tf.constant(z))
     residual = residual_of(logits, tf.constant(labels, "int32"), tf.constant(weight))
-    got = layer.penalised(layer.gradients(tf.constant(z), residual), 0.3)
+    got = layer.gradients(tf.constant(z), residual, 0.3)
     at = [np.asarray(variable, "float64") for variable, _ in layer.averaged]
     for which, gradient in enumerate(got):
         for index in np.ndindex(at[which].shape):
@@ -87,29 +87,33 @@ def test_gradients_by_finite_differences(make):
             assert float(gradient[index]) == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6)
 
 
-def test_of_many_steps_one_in_eight_takes_average_and_penalty():
-    x, labels = blobs(n=160 * 10, num_classes=3)
-    probes = probe_set({"tap": 5}, num_classes=3)
+def test_of_many_steps_one_in_eight_takes_statistics_and_averages():
+    x, labels = blobs(n=160 * 10)
+    probes = probe_set({"tap": 5})
     (layer,) = probes._heads()
+    statistics = Standardize([(1, 5)])
     mean = np.zeros(layer.kernel.shape)
     for step in range(1, 161):
         part = slice(10 * step - 10, 10 * step)
         show(probes.train, {"tap": x[part]}, labels[part])
         rate = max(9 / (step + 8), 1 / heads.HORIZON)
-        if step >= 128:
-            rate = 1 - (1 - rate) ** 8 if step % 8 == 0 else 0.0
-        mean += rate * (np.asarray(layer.kernel) - mean)
+        times = 1 if step < 128 else 8 if step % 8 == 0 else 0
+        if times:
+            update(statistics, x[part], times)
+        mean += (1 - (1 - rate) ** times) * (np.asarray(layer.kernel) - mean)
         np.testing.assert_allclose(layer.mean_kernel, mean, rtol=1e-4, atol=1e-6)
+        for name in ("mean", "variance", "reach"):
+            got, expected = (getattr(of, name) for of in (probes._standardize, statistics))
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def update(layer, batch):
+def update(layer, batch, times=1.0):
     """Takes a batch, all of it finite, into the statistics of one tap."""
-    mean = batch.mean(0, keepdims=True)[None]
-    layer.update(tf.constant(batch[None]), tf.constant(mean), tf.ones((1, len(batch))))
+    layer.update([tf.constant(batch[None])], tf.ones((1, len(batch))), times)
 
 
 def test_standardize_follows_the_weighted_statistics_of_its_batches():
-    layer = Standardize(n_taps=1, n_features=3)
+    layer = Standardize([(1, 3)])
     total, mean, second = 0.0, np.zeros(3), np.zeros(3)
     for step in range(1, 40):
         batch = RNG.normal([1, -5, 100], [1, 3, 0.5], (16, 3)).astype("float32")
@@ -119,19 +123,19 @@ def test_standardize_follows_the_weighted_statistics_of_its_batches():
         mean += rate * (batch.mean(0, dtype="float64") - mean)
         second += rate * ((batch.astype("float64") ** 2).mean(0) - second)
         total += rate
-    np.testing.assert_allclose(np.asarray(layer.mean)[0, 0], mean, rtol=1e-5)
-    np.testing.assert_allclose(np.asarray(layer.variance)[0, 0], second - mean**2, rtol=1e-2)
-    z = np.asarray(layer([tf.constant(batch)]))[0]
+    np.testing.assert_allclose(layer.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(layer.variance, second - mean**2, rtol=1e-2)
+    z = np.asarray(layer([[tf.constant(batch)]]))[0, 0]
     expected = (batch - mean) / np.sqrt(second - mean**2) / np.sqrt(3)
     np.testing.assert_allclose(z, expected, rtol=1e-2, atol=1e-4)
 
 
 def test_a_constant_feature_is_given_as_zero():
-    layer = Standardize(n_taps=1, n_features=2)
+    layer = Standardize([(1, 2)])
     x = np.stack([RNG.normal(size=32), np.full(32, 1e6)], axis=1).astype("float32")
     for _ in range(3):
         update(layer, x)
-    z = np.asarray(layer([tf.constant(x)]))[0]
+    z = np.asarray(layer([[tf.constant(x)]]))[0, 0]
     assert np.isfinite(z).all()
     np.testing.assert_array_equal(z[:, 1], 0)
 
@@ -279,10 +283,10 @@ def test_a_replica_without_an_example_spoils_nothing():
     probes = probe_set({"tap": 5})
     x, labels = blobs(n=32)
     show(probes.train, {"tap": x}, labels)
-    reach = np.array(probes._groups[0].standardize.reach)
+    reach = probes._standardize.reach.numpy()
     show(probes.train, {"tap": x[:0]}, labels[:0])
     assert all(np.isfinite(v).all() for v in probes.variables.values())
-    np.testing.assert_allclose(probes._groups[0].standardize.reach, reach)
+    np.testing.assert_allclose(probes._standardize.reach, reach)
 
 
 def test_examples_without_a_label_are_left_out():
@@ -346,10 +350,10 @@ def test_what_is_no_optimizer(optimizer):
 
 
 def test_a_feature_that_hardly_varied_is_not_blown_up():
-    layer = Standardize(n_taps=1, n_features=2)
+    layer = Standardize([(1, 2)])
     x = np.stack([RNG.normal(size=64), np.zeros(64)], axis=1).astype("float32")
     x[0, 1] = 1e-3
     update(layer, x)
-    z = np.asarray(layer([tf.constant(x)]))[0]
+    z = np.asarray(layer([[tf.constant(x)]]))[0, 0]
     np.testing.assert_allclose(np.abs(z[:, 1]).max(), 4 / np.sqrt(2), rtol=1e-3)
     assert np.std(z[:, 0]) == pytest.approx(1 / np.sqrt(2), rel=0.01)  # as it is

@@ -166,9 +166,9 @@ def test_probes_of_old_features_are_at_the_optimum_of_new_ones(rank, near):
     for heads in group.heads.values():
         for variable, mean in heads.averaged:
             np.testing.assert_array_equal(variable, mean)
-    x = np.stack([new["near"], new["far"]])
-    np.testing.assert_allclose(group.standardize.mean[:, 0], x.mean(1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(group.standardize.variance[:, 0], x.var(1), rtol=1e-4)
+    x = np.concatenate([new["near"], new["far"]], axis=1)
+    np.testing.assert_allclose(probes._standardize.mean, x.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(probes._standardize.variance, x.var(0), rtol=1e-4)
 
 
 def test_only_finite_rows_count_and_wide_taps_stay_as_they_were():
