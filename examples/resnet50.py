@@ -3,9 +3,9 @@
     python examples/resnet50.py --images ILSVRC2012_val/   # pretrained, as in the paper
     python examples/resnet50.py                            # trained here, on small images
 
-`--images` has a folder for each of ImageNet's 1,000 classes, in the order of their names. The
-features of all 17 layers are extracted in one pass and kept on disk; then each layer's optimal
-probe is found.
+`--images` has a folder for each of ImageNet's 1,000 classes, in the order of their names; Keras
+fetches the weights, unless `--weights` is a file of them. The features of all 17 layers are
+extracted in one pass and kept on disk; then each layer's optimal probe is found.
 """
 
 import argparse
@@ -25,9 +25,9 @@ PAPER = [0.99, 0.94, 0.89, 0.88, 0.87, 0.82, 0.79, 0.76, 0.77, 0.69, 0.67, 0.62,
          0.39, 0.31]  # table 4a  # fmt: skip
 
 
-def pretrained(folder: str, out: pathlib.Path) -> ProbeResults:
-    """Probes of the ImageNet weights, on images in a folder."""
-    model = keras.applications.ResNet50(weights="imagenet")
+def pretrained(folder: str, weights: str, out: pathlib.Path) -> ProbeResults:
+    """Probes of a network that is trained already, on images in a folder."""
+    model = keras.applications.ResNet50(weights=weights)
     images = keras.utils.image_dataset_from_directory(
         folder, image_size=(224, 224), crop_to_aspect_ratio=True, shuffle=False
     )
@@ -69,14 +69,19 @@ def main() -> None:
     parser.add_argument(
         "--images", help="a folder of ImageNet's validation images: nothing is trained"
     )
+    parser.add_argument("--weights", default="imagenet", help="with --images: or a file of them")
     args = parser.parse_args()
 
     keras.utils.set_random_seed(args.seed)
-    results = pretrained(args.images, args.out / "features") if args.images else trained_here(args)
+    if args.images:
+        results = pretrained(args.images, args.weights, args.out / "features")
+    else:
+        results = trained_here(args)
 
     table = results.table()[["shape", "features", "train error", "test error", "test ±95%"]].copy()
     table["paper"] = PAPER
-    what = f"the ImageNet weights, on {args.images}" if args.images else "a network trained here"
+    pretrained_on = f"the weights {args.weights!r}, on {args.images}"
+    what = pretrained_on if args.images else "a network trained here"
     print(f"\nErrors of the optimal probes of {what}; the paper's are of the ImageNet weights")
     with pd.option_context("display.width", 120, "display.max_columns", None):
         print(table.to_string(float_format="%.3f"))

@@ -12,7 +12,7 @@ import tensorflow as tf
 from hosts import MODES, activations, compiled, convnet, dense_net
 from keras import layers
 
-from keras_probes import GlobalAverage, LinearProbeCallback, ProbeResults, RandomFeatures
+from keras_probes import GlobalAverage, LinearProbeCallback, ProbeResults, RandomFeatures, online
 
 
 def fit(digits, probes, model=None, callbacks=(), **options):
@@ -614,6 +614,22 @@ def test_too_much_memory_says_how_much_and_what_helps(digits):
         fit(digits, probes, model)
     for part in ("'conv'", "384 features", 'reduce="gap"', "memory_limit"):
         assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}])
+def test_probes_that_wait_for_the_hosts_update_find_the_same(digits, monkeypatch, options):
+    ends = []
+    for large in (online.LARGE, 0):
+        monkeypatch.setattr(online, "LARGE", large)
+        keras.utils.set_random_seed(0)
+        model = dense_net()
+        model.compile("adam", "sparse_categorical_crossentropy", **options)
+        _, history = fit(digits, LinearProbeCallback(), model, epochs=1)
+        ends.append((model, history.history))
+    (model, history), (other, of_other) = ends
+    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+    assert history == pytest.approx(of_other, rel=1e-3)
 
 
 def test_unknown_static_shapes(digits):

@@ -145,6 +145,24 @@ def test_the_example_of_resnet50(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_example_of_resnet50_with_weights_and_a_folder_of_images(tmp_path):
+    keras.applications.ResNet50(weights=None).save_weights(tmp_path / "some.weights.h5")
+    rng = np.random.default_rng(0)
+    for name, level in (("n01", 0), ("n02", 128)):  # a dark class and a light one
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for place in range(30):
+            image = rng.integers(level, level + 128, (80, 100, 3))
+            keras.utils.save_img(tmp_path / "images" / name / f"{place}.png", image, scale=False)
+    arguments = ["--images", "images", "--weights", "some.weights.h5"]
+    printed = run_example("resnet50.py", tmp_path, *arguments)
+    assert "of the weights 'some.weights.h5', on images; the paper's are" in printed
+    results = keras_probes.ProbeResults.load(tmp_path / "out")
+    assert results.table().loc["input", "test error"] == 0  # averages tell light from dark
+    assert len(results.taps) == 17
+    assert len(keras_probes.FeatureStore(tmp_path / "out" / "features")) == 60
+
+
+@pytest.mark.slow
 def test_the_example_of_inception(tmp_path):
     printed = run_example("inception.py", tmp_path, "--quick")
     assert all(f"epoch {epoch}" in printed for epoch in (1, 2, 3, 4))
