@@ -34,7 +34,7 @@ from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector
 
-LARGE = 2**25  # bytes of all probes together, from which on they wait for the host's step to end
+LARGE = 2**25  # bytes of all probes together, from which on they wait for the host's update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +342,9 @@ class OnlineProbes:
             self._same_input = _takes_x(self.host, recording, x)
         for side in self._sides:
             now = side.plan is self.plan
-            features = side.plan.features(recording) if now else side.plan.features_of(x)
+            waits_for = self._waits_for() if kind == "train" else []
+            with tf.control_dependencies([] if now else waits_for):
+                features = side.plan.features(recording) if now else side.plan.features_of(x)
             labels = {target.name: target.labels(x, y) for target in side.targets}
             for label in labels.values():
                 _check_rows(next(iter(features.values())), label)
@@ -352,7 +354,7 @@ class OnlineProbes:
             else:
                 # XLA compiles shared steps with the host's own.
                 gather = self.isolated or not self.host.jit_compile
-                with tf.control_dependencies(self._waits_for()):
+                with tf.control_dependencies(waits_for):
                     side.probes.train(features, labels, weights, gather=gather)
 
     def sums(self, kind: Kind) -> Sums:

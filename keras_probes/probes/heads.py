@@ -1,7 +1,7 @@
 """The layers of a probe: running standardisation, and softmax-linear heads.
 
-In: features, float32, shape (batch, n_features), of several taps of equal width. Out: logits and
-probabilities, and gradients in closed form.
+In: features, float32, shape (batch, n_features), of several taps. Out: logits and probabilities,
+and gradients in closed form.
 
 For a tap with features h, a probe is (paper, section 3.2)
 
@@ -17,7 +17,7 @@ Where a projection is to be learned with the head (section 3.4, second suggestio
 P V of two matrices, (n_features, rank) and (rank, num_classes).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -101,29 +101,30 @@ class Standardize(keras.layers.Layer):
             finite: Of all taps, float32, shape (sum of n_taps, n): 1 for the examples that count.
             times: How many batches they stand for.
         """
-        by_example = [tf.transpose(of_group, (1, 0, 2)) for of_group in x]
-        pairs = zip(by_example, self.shapes, strict=True)
-        side_by_side = tf.concat([tf.reshape(of, (-1, n * width)) for of, (n, width) in pairs], 1)
-        counts = tf.gather(tf.transpose(finite), self._tap_of, axis=1)
-        count = sum_over_replicas(tf.reduce_sum(counts, axis=0))
+        count = sum_over_replicas(tf.reduce_sum(finite, axis=1))
+        count = tf.gather(count, self._tap_of)
         some = tf.cast(count > 0, tf.float32)
         count = tf.maximum(count, 1.0)
-        of_all = sum_over_replicas(tf.reduce_sum(side_by_side, axis=0)) / count
+        of_all = sum_over_replicas(_flat(tf.reduce_sum, x)) / count
 
-        # Distances from the mean so far: one pass over them gives both variance and reach.
+        # Distances from the mean so far give mean, variance and reach, without rounding that would
+        # have a constant vary.
         so_far = tf.where(self.updates > 0, self.mean, of_all)
-        squares = counts * tf.math.squared_difference(side_by_side, so_far)
-        square = sum_over_replicas(tf.reduce_sum(squares, axis=0)) / count
-        farthest = tf.maximum(tf.reduce_max(squares, axis=0), 0.0)  # -inf of no examples
+        counts = tf.split(finite[..., None], [n_taps for n_taps, _ in self.shapes])
+        triples = zip(x, self._by_group(so_far), counts, strict=True)
+        distances = [(of_group - near) * counted for of_group, near, counted in triples]
+        squares = [tf.square(of_group) for of_group in distances]
+        shift = sum_over_replicas(_flat(tf.reduce_sum, distances)) / count
+        square = sum_over_replicas(_flat(tf.reduce_sum, squares)) / count
+        farthest = tf.maximum(_flat(tf.reduce_max, squares), 0.0)  # -inf of no examples
         reach = tf.sqrt(max_over_replicas(farthest))
 
         self.updates.assign_add(some * times)
         rate = averaging_rate(tf.maximum(tf.convert_to_tensor(self.updates), 1.0))
         rate = some * compounded(rate, times)
         # The variance of a mixture of what was seen before and the batch, about the new mean.
-        moved = rate * (of_all - so_far)
-        self.variance.assign_add(rate * (square - self.variance) - tf.square(moved))
-        self.mean.assign_add(rate * (of_all - self.mean))
+        self.variance.assign_add(rate * (square - self.variance) - tf.square(rate * shift))
+        self.mean.assign(so_far + rate * shift)
         faded = (1.0 - some * times / HORIZON) * self.reach  # of a host that has moved on
         self.reach.assign(tf.maximum(reach, faded))
 
@@ -241,7 +242,7 @@ class SoftmaxHeads(keras.layers.Layer):
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
         for variable, mean in self.averaged:
-            # mean -= rate * (mean - variable), where it is.
+            # mean -= rate * (mean - variable), with no copy of the mean.
             tf.raw_ops.ResourceApplyGradientDescent(
                 var=mean.value.handle, alpha=rate, delta=mean - variable
             )
@@ -313,6 +314,11 @@ class ProjectedHeads(SoftmaxHeads):
     def _scaled(self, projection: tf.Tensor) -> tf.Tensor:
         """P: its rows take a z of length 1 to a vector of about that length."""
         return projection * (_PROJECTION_UNIT / float(np.sqrt(self.rank)))
+
+
+def _flat(reduce: Callable[..., tf.Tensor], of_groups: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Each group reduced over its examples, all features side by side."""
+    return tf.concat([tf.reshape(reduce(of, axis=1), [-1]) for of in of_groups], axis=0)
 
 
 def _put(variable: keras.Variable, values: Iterable[tuple[int | slice, Any]]) -> None:

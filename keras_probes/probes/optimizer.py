@@ -22,8 +22,9 @@ class OnePassAdam(keras.optimizers.Adam):
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Takes a step; arguments as of `keras.optimizers.Adam.apply`."""
         step = tf.cast(tf.convert_to_tensor(self.iterations) + 1, tf.float32)
-        self._powers = tf.pow(self.beta_1, step), tf.pow(self.beta_2, step)
+        self._powers: Any = tf.pow(self.beta_1, step), tf.pow(self.beta_2, step)
         super().apply(grads, trainable_variables)
+        self._powers = None  # they are of the graph that is being traced
 
     def update_step(
         self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor

@@ -10,7 +10,7 @@ comes of these is the same in each.
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -132,11 +132,11 @@ class ProbeSet:
         # Running loss before the update, in the same order.
         self._loss = keras.Variable(np.zeros(shape[0]), dtype="float32", name="loss", **SAME)
         self.optimizer.build(self._trainable())
-        self._pace = PACE
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             # What it gets are sums over the replicas already.
             self.optimizer._all_reduce_sum_gradients = lambda pairs: pairs
-            self._pace = 1  # they can't agree on a variable within a condition
+        # Replicas, be it one, can't agree on a variable within a condition.
+        self._pace = 1 if tf.distribute.has_strategy() else PACE
         self._backlog: Backlog | None = None
         # A strategy can't hold a variable whose shape changes.
         if max(num_classes.values()) >= ROWS and not tf.distribute.has_strategy():
@@ -175,6 +175,8 @@ class ProbeSet:
         rest = iter(batch)
         x, finite = self._finite(list(itertools.islice(rest, len(self._groups))))
         labels, weights = ({target: next(rest) for target in self.targets} for _ in range(2))
+        pace = self._paced()
+        self._if_due(pace, lambda: self._standardize.update(x, finite, pace))
         z = self._standardize.standardized(x)
         sums = self._add_up("train", z, finite, labels, weights)
 
@@ -188,26 +190,29 @@ class ProbeSet:
             for head, of_group, part in zip(heads, z, parts, strict=True):
                 gradients += head.gradients(of_group, part, next(penalties))
         self.optimizer.apply(gradients, self._trainable())
-        self._follow(x, finite)
+        self._if_due(pace, lambda: self._average(pace))
         self._updates.assign_add(1.0)
 
-    def _follow(self, x: Sequence[tf.Tensor], finite: tf.Tensor) -> None:
-        """Takes examples into the statistics, and weights into the averages, see `PACE`."""
+    def _paced(self) -> tf.Tensor:
+        """For how many steps this one takes statistics and averages, see `PACE`; float32."""
         step = self._update()
         turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
-        pace = tf.where(step < FEW, 1.0, turn)  # for how many steps this one does it
+        return tf.where(step < FEW, 1.0, turn)
 
-        def follow() -> tf.Tensor:
-            self._standardize.update(x, finite, pace)
-            rate = compounded(averaging_rate(step), pace)
-            for head in self._heads():
-                head.average(rate)
+    def _if_due(self, pace: tf.Tensor, due: Callable[[], None]) -> None:
+        def take() -> tf.Tensor:
+            due()
             return pace
 
         if self._pace > 1:
-            tf.cond(pace > 0, follow, lambda: pace)
+            tf.cond(pace > 0, take, lambda: pace)
         else:
-            follow()
+            due()
+
+    def _average(self, pace: tf.Tensor) -> None:
+        rate = compounded(averaging_rate(self._update()), pace)
+        for head in self._heads():
+            head.average(rate)
 
     def test(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch; arguments as for `train`."""

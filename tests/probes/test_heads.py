@@ -140,6 +140,45 @@ def test_a_constant_feature_is_given_as_zero():
     np.testing.assert_array_equal(z[:, 1], 0)
 
 
+def test_a_constant_feature_is_given_as_zero_in_large_batches():
+    layer = Standardize([(2, 2)])
+    for rows in (4096, 512):
+        x = np.stack([RNG.normal(size=rows), np.full(rows, 0.1)], axis=1).astype("float32")
+        layer.update([tf.constant(np.stack([x, x]))], tf.ones((2, rows)))
+    z = np.asarray(layer([[tf.constant(x)] * 2]))[0]
+    np.testing.assert_array_equal(z[..., 1], 0)
+    np.testing.assert_allclose(z[..., 0].std(axis=1), 1 / np.sqrt(2), rtol=0.05)
+
+
+def test_what_hardly_varied_comes_in_no_larger_than_its_reach(monkeypatch):
+    seen, standardized = [], Standardize.standardized
+
+    def watched(layer, x):
+        seen.append(standardized(layer, x))
+        return seen[-1]
+
+    monkeypatch.setattr(Standardize, "standardized", watched)
+    probes = probe_set({"tap": 200})
+    for _ in range(20):
+        x = RNG.normal(size=(4, 200)) * (RNG.uniform(size=(4, 200)) < 0.05)
+        show(probes.train, {"tap": x}, [0, 1, 2, 0])
+    assert 3 < max(np.abs(z[0]).max() for z in seen) * np.sqrt(200) < 6
+
+
+def test_statistics_leave_out_what_is_not_finite_in_the_first_batch_too():
+    x = RNG.normal(5, 2, (40, 3)).astype("float32")
+    bad = x.copy()
+    bad[30:, 1] = np.nan
+    some, whole = Standardize([(1, 3)]), Standardize([(1, 3)])
+    for _ in range(3):
+        update(whole, x[:30])
+        kept = np.where(np.isfinite(bad).all(1), 1, 0)
+        zeroed = np.where(kept[:, None] > 0, bad, 0)
+        some.update([tf.constant(zeroed[None])], tf.constant(kept[None], tf.float32))
+    for name in ("mean", "variance", "reach", "updates"):
+        np.testing.assert_allclose(getattr(some, name), getattr(whole, name), rtol=1e-5)
+
+
 def test_measures_against_scikit_learn():
     x, labels = blobs(n=400, num_classes=8)
     probes = probe_set({"tap": 5}, num_classes=8)
