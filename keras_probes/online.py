@@ -340,9 +340,9 @@ class OnlineProbes:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if kind == "train" and not self.isolated:
             self._same_input = _takes_x(self.host, recording, x)
+        waits_for = self._waits_for() if kind == "train" else []
         for side in self._sides:
             now = side.plan is self.plan
-            waits_for = self._waits_for() if kind == "train" else []
             with tf.control_dependencies([] if now else waits_for):
                 features = side.plan.features(recording) if now else side.plan.features_of(x)
             labels = {target.name: target.labels(x, y) for target in side.targets}

@@ -48,7 +48,8 @@ def run(strategy, mode):
         model = host()
     reduce = {"hidden": LearnedProjection(4)}
     taps = ["input", "hidden", "norm"]
-    probes = LinearProbeCallback(taps, reduce=reduce, mode=mode or "shared")
+    isolated = "isolated" if mode == "isolated" else "shared"
+    probes = LinearProbeCallback(taps, reduce=reduce, mode=isolated)
     if mode == "shared":
         probes.sample_memory = 0  # rounding decides in which iteration settling is content
     history = model.fit(
@@ -79,6 +80,8 @@ mirrored = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
 one = tf.distribute.get_strategy()
 print(json.dumps({
     "one": run(one, "shared"),
+    "one settled": run(one, "settled"),
+    "settled": run(mirrored, "settled"),
     "plain": run(mirrored, None),
     "shared": run(mirrored, "shared"),
     "isolated": run(mirrored, "isolated"),
@@ -96,7 +99,7 @@ def test_replicas_agree_with_one_device(replicas):
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     one, plain = found["one"], found["plain"]
-    for mode in ("shared", "isolated"):
+    for mode in ("shared", "isolated", "settled"):
         ours = found[mode]
         assert ours["copies"] == replicas
         assert ours["apart"] == 0.0
@@ -114,6 +117,9 @@ def test_replicas_agree_with_one_device(replicas):
         np.testing.assert_allclose(shared["history"][key], values, atol=tolerance, err_msg=key)
     for got, expected in zip(shared["probes"], one["probes"], strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-2, atol=1e-3)
+    settled, alone = found["settled"]["history"], found["one settled"]["history"]
+    for key in (key for key in alone if key.startswith("val_probe_loss")):
+        np.testing.assert_allclose(settled[key], alone[key], atol=1e-2, err_msg=key)
     last = {k.removeprefix("val_"): v[-1] for k, v in shared["history"].items() if "val_" in k}
     assert shared["tested"] == pytest.approx(last)
 
