@@ -10,14 +10,16 @@
 slows all alike; the time of a step, late in training, and its ratio to the bare host's of the same
 round. Of eight steps of the probes one does more, and with many classes batches of fewer than 128
 wait for others: it is the median over stretches of batches that have all of that, once. `kept` are
-steps whose batch is kept for settling; `settling` is what the end of such an epoch takes, in steps
-of the bare host. `first` and `memory`: a process for each variant and round; the first step, with
+steps whose batch is kept for settling, in all others `sample_memory` is 0; `settling` is what the
+end of such an epoch takes, in steps of the bare host. `--every 8` has probes take part in every
+eighth step only. `first` and `memory`: a process for each variant and round; the first step, with
 all that is traced and compiled for it, alone and from the call of `fit`, in which the taps are
 found, and the most memory the process had.
 """
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -68,9 +70,9 @@ REDUCTIONS = {"gap": GlobalAverage, "random": lambda: RandomFeatures(seed=0)}
 class Clock(keras.callbacks.Callback):
     """Seconds of the first step, of a later one, and from the last to the epoch's end."""
 
-    def __init__(self, batch):
+    def __init__(self, batch, every):
         super().__init__()
-        self.stretch = PACE * -(-ROWS // batch)  # rounded up
+        self.stretch = every * PACE * -(-ROWS // batch)  # rounded up
 
     def start(self):
         self.called = time.perf_counter()
@@ -112,10 +114,10 @@ class Variant:
         taps = [tap.name for tap in select(graph, layers)]
         places = np.linspace(0, len(taps) - 1, args.probes or len(taps)).round().astype(int)
         self.taps = [taps[place] for place in places]
-        self.clock = Clock(self.batch)
-        self.probes = None if name == "bare" else self._probes(name, args.reduce)
+        self.clock = Clock(self.batch, args.every)
+        self.probes = None if name == "bare" else self._probes(name, args.reduce, args.every)
 
-    def _probes(self, name, reduce):
+    def _probes(self, name, reduce, every):
         if name == "by hand":
             tensors = {
                 tap: REDUCTIONS[reduce]()(
@@ -127,7 +129,7 @@ class Variant:
             by_hand.batches(self.x, self.y, self.batch)
             return by_hand
         mode = "isolated" if name == "isolated" else "shared"
-        probes = LinearProbeCallback(self.taps, reduce=REDUCTIONS[reduce](), mode=mode)
+        probes = LinearProbeCallback(self.taps, reduce=REDUCTIONS[reduce](), mode=mode, every=every)
         probes.sample_memory = LinearProbeCallback.sample_memory if name == "kept" else 0
         return probes
 
@@ -211,25 +213,33 @@ def limits(args):
     """Prints what the probes need at the least, beside the host."""
     one = Variant("shared", args)
     one.run()
-    flops = host_flops(one.host, one.batch)
+    flops, moved = work_of(one.host, one.batch)
     sizes = one.probes._online.sizes()
     parameters = sum(count for count, _ in sizes.values())
     memory = sum(size for _, size in sizes.values())
     print(
-        f"{args.host}, {len(one.taps)} probes, {args.reduce}, batch {one.batch}: host "
-        f"{flops / 1e9:.2f} GFLOP a step; probes {6 * one.batch * parameters / 1e9:.2f} GFLOP, "
-        f"{4 * PASSES * parameters / 2**20:.0f} MiB moved, {memory / 2**20:.0f} MiB held"
+        f"{args.host}, {len(one.taps)} probes, {args.reduce}, batch {one.batch}: "
+        f"host {flops / 1e9:.2f} GFLOP and {moved / 2**20:.0f} MiB a step, a third of it its "
+        f"forward pass, which isolated probes have too; probes "
+        f"{6 * one.batch * parameters / 1e9:.2f} GFLOP and {4 * PASSES * parameters / 2**20:.0f} "
+        f"MiB, {memory / 2**20:.0f} MiB held"
     )
 
 
-def host_flops(host, batch):
-    """Of a step: three times those of a forward pass."""
+def work_of(host, batch):
+    """FLOPs and bytes of a step: three times those of a forward pass.
+
+    Of the bytes, those of weights and of what layers pass on, written once and read once.
+    """
     function = tf.function(lambda x: host(x, training=False))
     concrete = function.get_concrete_function(tf.TensorSpec((batch, *host.input_shape[1:])))
     options = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
     options["output"] = "none"
     graph = convert_variables_to_constants_v2(concrete).graph
-    return 3 * tf.compat.v1.profiler.profile(graph, options=options).total_float_ops
+    flops = tf.compat.v1.profiler.profile(graph, options=options).total_float_ops
+    outputs = [layer.output for layer in host.layers]
+    floats = 2 * sum(batch * math.prod(each.shape[1:]) for each in outputs) + host.count_params()
+    return 3 * flops, 3 * 4 * floats
 
 
 def main():
@@ -242,6 +252,7 @@ def main():
     parser.add_argument("--batch", type=int, help="batch size")
     parser.add_argument("--steps", type=int, default=40, help="steps an epoch")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--every", type=int, default=1, help="probes take part in every k-th step")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -55,10 +55,11 @@ def resnet(shape):
 
 
 CUTS = ["conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2"]
+STEM = ["stem_conv", "stem_norm", "stem"]
 BLOCKS = [f"block{block}{end}" for block in range(1, 5) for end in ("_add", "")]
 HOSTS = {
     "mnist": (convnet, 5, ["input", *CUTS]),
-    "cifar": (resnet, 10, ["input", "stem", *BLOCKS, "pool", "logits"]),
+    "cifar": (resnet, 10, ["input", *STEM, *BLOCKS, "pool", "logits"]),
 }
 
 
@@ -186,10 +187,11 @@ def main():
         probes.sample_memory = 0
     frame = track(host, splits, probes, reduce, args.epochs or epochs, not args.no_by_hand)
 
-    ours = frame[frame.probes == "keras_probes"]
-    table = ours.pivot(index="tap", columns="epoch", values="gap").loc[taps]
     print(f"{args.host}, {args.reduce}, {args.mode}: error above the optimum, points, by epoch")
-    print(table.rename(columns=lambda epoch: epoch + 1).to_string(float_format="{:.2f}".format))
+    for kind, of_kind in frame.groupby("probes", sort=False):
+        table = of_kind.pivot(index="tap", columns="epoch", values="gap").loc[taps]
+        table = table.rename(columns=lambda epoch: epoch + 1)
+        print(f"{kind}\n{table.to_string(float_format='{:.2f}'.format)}")
     print(summary(frame).to_string(float_format="{:.2f}".format))
     if args.figure:
         plot(frame, args.figure)

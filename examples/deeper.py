@@ -35,7 +35,7 @@ def main() -> None:
         "sparse_categorical_crossentropy",
         metrics=["accuracy"],
     )
-    probes = LinearProbeCallback(where, reduce="gap", log_dir=args.out / "logs")
+    probes = LinearProbeCallback(where, reduce="gap", log_dir=args.out / "logs", seed=args.seed)
     model.fit(
         *train, batch_size=32, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
     )

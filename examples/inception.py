@@ -51,6 +51,7 @@ def main() -> None:
         reduce="random",
         target="head",
         log_dir=args.out / "logs",
+        seed=args.seed,
     )
     fit = model.fit(
         *train, batch_size=16, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
@@ -64,6 +65,12 @@ def main() -> None:
             1 - fit.history[f"val_{head}_accuracy"][moment] for moment in moments
         ]
     print(f"\nError on {len(test[0]):,} test images\n{table.to_string(float_format='%.3f')}")
+    last = table.iloc[:, -1]
+    ahead = "ahead of" if last["aux_head"] < last["head"] else "not ahead of"
+    print(
+        f"\nThe auxiliary head's probe, {last['aux_head']:.1%}, is {ahead} the main head's, "
+        f"{last['head']:.1%}; in the paper it is a little ahead while the model trains"
+    )
     write(results, args.out, epochs=moments)
     table.to_csv(args.out / "errors.csv")
 

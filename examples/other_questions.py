@@ -41,6 +41,11 @@ def build_convnet() -> keras.Model:
     )
 
 
+def stroke(x: tf.Tensor) -> tf.Tensor:
+    """How thick the strokes of each image are: ink over outline."""
+    return tf.reduce_sum(x, axis=[1, 2, 3]) / tf.image.total_variation(x)
+
+
 def digit_loss(y: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
     """The loss of a classifier that is asked for the digit alone."""
     return keras.losses.sparse_categorical_crossentropy(y % 10, p)
@@ -51,11 +56,10 @@ def main() -> None:
     args = options(__doc__, "other_questions_out", epochs=10, quick="one epoch").parse_args()
     keras.utils.set_random_seed(args.seed)
     train, test = (turned(*part, args.seed) for part in load_images(args.data, args.seed))
-    thirds = [float(third) for third in np.quantile(train[0].mean(axis=(1, 2, 3)), [1 / 3, 2 / 3])]
+    thirds = [float(third) for third in np.quantile(stroke(tf.constant(train[0])), [1 / 3, 2 / 3])]
 
     def thickness(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:  # noqa: ARG001
-        ink = tf.reduce_mean(x, axis=[1, 2, 3])
-        return tf.cast(ink > thirds[0], tf.int32) + tf.cast(ink > thirds[1], tf.int32)
+        return tf.cast(stroke(x) > thirds[0], tf.int32) + tf.cast(stroke(x) > thirds[1], tf.int32)
 
     questions = {
         "digit": lambda _, y: y % 10,
@@ -66,7 +70,9 @@ def main() -> None:
     classes = {"digit": 10, "odd": 2, "quarters": 4, "thickness": 3}
     model = build_convnet()
     model.compile("adam", digit_loss)
-    probes = LinearProbeCallback(target=questions, num_classes=classes, baselines=["shuffled"])
+    probes = LinearProbeCallback(
+        target=questions, num_classes=classes, baselines=["shuffled"], seed=args.seed
+    )
     model.fit(
         *train, batch_size=64, epochs=1 if args.quick else args.epochs, validation_data=test,
         callbacks=[probes], verbose=2,

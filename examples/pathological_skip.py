@@ -58,7 +58,7 @@ def main() -> None:
         keras.optimizers.SGD(0.002), "sparse_categorical_crossentropy", metrics=["accuracy"]
     )
     where = "skip*" if args.healthy else "hidden*"
-    probes = LinearProbeCallback(["input", "hidden0", where, "skip*", "head"])
+    probes = LinearProbeCallback(["input", "hidden0", where, "skip*", "head"], seed=args.seed)
     model.fit(
         *train, batch_size=32, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
     )

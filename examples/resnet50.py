@@ -60,7 +60,7 @@ def trained_here(args: argparse.Namespace) -> ProbeResults:
             )
             for name, data in (("train", train), ("test", test))
         ]  # fmt: skip
-        return fit_probes(stores[0], test=stores[1])
+        return fit_probes(stores[0], test=stores[1], seed=args.seed)
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def main() -> None:
     make, where = MODELS[args.model]
     model = make(letters.vocabulary_size())
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    probes = LinearProbeCallback(where, reduce="gap", log_dir=args.out / "logs")
+    probes = LinearProbeCallback(where, reduce="gap", log_dir=args.out / "logs", seed=args.seed)
     model.fit(
         *train, batch_size=64, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2
     )

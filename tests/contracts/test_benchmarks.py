@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -34,8 +35,9 @@ def run(script, *arguments):
 
 def test_overhead_of_a_step():
     printed = run(
-        "overhead.py", "step", "--host", "mlp", "--probes", 3, "--steps", 4, "--rounds", 1
-    )
+        "overhead.py", "step", "--host", "mlp", "--probes", 3, "--steps", 4, "--rounds", 1,
+        "--every", 2,
+    )  # fmt: skip
     for name in ("bare", "shared", "isolated", "kept", "by hand"):
         assert f"\n{name} " in f"\n{printed}"
     assert "GFLOP a step" in printed
@@ -50,12 +52,19 @@ def test_overhead_of_a_process(what):
     assert "GFLOP a step" in printed
 
 
-def test_tracking(images, tmp_path):
+@pytest.mark.parametrize(
+    ("host", "how"),
+    [("mnist", ("--reduce", "gap")), ("cifar", ("--reduce", "random", "--mode", "isolated")),
+     ("cifar", ("--reduce", "gap", "--unsettled"))],
+)  # fmt: skip
+def test_tracking(images, tmp_path, host, how):
     figure = tmp_path / "gaps.png"
     options = ("--data", images, "--epochs", 2, "--limit", 400, "--figure", figure)
-    printed = run("tracking.py", "mnist", "--reduce", "gap", *options)
-    for column in ("first epoch, median", "later, worst", "BatchNormalization, Dense", "pool2"):
+    printed = run("tracking.py", host, *how, *options)
+    for column in ("first epoch, median", "later, worst", "BatchNormalization, Dense"):
         assert column in printed
+    last = {"mnist": "fc2", "cifar": "logits"}[host]
+    assert len(re.findall(rf"^{last} ", printed, flags=re.MULTILINE)) == 3  # a table of each kind
     assert figure.stat().st_size > 10_000
 
 

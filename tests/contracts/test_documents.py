@@ -1,5 +1,6 @@
 """What the documents tell a user to do works."""
 
+import inspect
 import os
 import pathlib
 import re
@@ -15,10 +16,21 @@ import keras_probes
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTED = ["LinearProbeCallback", "FeatureStore"]  # whose docstrings have code
 
 
 def code_blocks(path: pathlib.Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def scripts_called(path: pathlib.Path) -> list[str]:
+    """The command lines that have one of our scripts do something, a loop's variable as 1."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = re.findall(r"python ((?:examples|benchmarks)/[^\n#]*)", "\n".join(blocks))
+    return [re.sub(r"\$\w+", "1", line) for line in lines]
+
+
+COMMANDS = [line for path in DOCUMENTS for line in scripts_called(path)]
 
 
 def host() -> keras.Model:
@@ -43,6 +55,54 @@ def test_code_blocks_run(path, digits, tmp_path, monkeypatch, capsys):
     exec("from keras_probes import *", names)
     for block in blocks:
         exec(compile(block, f"{path.name}", "exec"), names)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_code_blocks_of_docstrings_run(name, digits, tmp_path, monkeypatch):
+    (x, y), (x_val, y_val) = digits
+    monkeypatch.chdir(tmp_path)
+    model = host()
+    keras_probes.extract_features(model, (x, y), "features/", verbose=False)
+    names = {"model": model, "x": x, "y": y, "x_val": x_val, "y_val": y_val}
+    exec("from keras_probes import *", names)
+    (block,) = re.findall(
+        r"```python\n(.*?)```", inspect.getdoc(getattr(keras_probes, name)), flags=re.DOTALL
+    )
+    exec(compile(block, name, "exec"), names)
+
+
+# Begins a script, and ends it when it has read its command line, as each of several.
+BEGUN = """
+import argparse, pathlib, runpy, shlex, sys
+
+script, *lines = sys.argv[1:]
+parse = argparse.ArgumentParser.parse_args
+
+
+def parse_all(self):
+    for line in lines:
+        parse(self, shlex.split(line))
+    sys.exit(0)
+
+
+argparse.ArgumentParser.parse_args = parse_all
+sys.path[0] = str(pathlib.Path(script).parent)
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted({line.split()[0] for line in COMMANDS}))
+def test_commands_have_options_that_the_script_takes(script):
+    lines = [line.removeprefix(script) for line in COMMANDS if line.split()[0] == script]
+    run = subprocess.run(
+        [sys.executable, "-c", BEGUN, ROOT / script, *lines],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
