@@ -369,9 +369,10 @@ class ProbeResults:
             of probes of the model's first weights, and `selectivity` how much worse probes do on
             random labels. `nonfinite` is there if examples had to be left out: their number
             in the splits shown. Where it is known, `certificate` is how many nats the training
-            objective of the probes may be above its optimum, those of the last split shown, and
-            `converged` whether that is within the tolerance. Probes of `fit_probes` have their
-            `l2` besides; those of a callback their `code_length` (prequential, in bits a label).
+            objective of the probes may be above its optimum, those of the last split shown;
+            `converged` is whether it is known to be within the tolerance. Probes of `fit_probes`
+            have their `l2` besides; those of a callback their `code_length` (prequential, in bits
+            a label).
 
         Raises:
             ValueError: There are several targets and none is named, or nothing of this metric,

@@ -25,7 +25,7 @@ def results_of(errors, *, inputs=None, n=1000, split="validation", unprobed=(), 
     rows = [
         Row(
             epoch=epoch, step=10, target=None, tap=tap, metric="error", value=float(error), n=n,
-            **{"majority": 0.9, "chance": 0.9, "split": split,
+            **{"majority": 0.9, "chance": 0.9, "split": split, "certificate": 1e-4,
                **{key: v[tap] if isinstance(v, dict) else v for key, v in fields.items()}},
         )
         for epoch in range(max(np.size(of_tap) for of_tap in errors.values()))

@@ -65,9 +65,10 @@ def table(
             column = "initial" if is_initial else "selectivity"
             table[f"{split} {column}"] = values if is_initial else values - rows["value"]
         nonfinite = nonfinite.add(rows["nonfinite"], fill_value=0).astype(int)
-    if shown["certificate"].notna().any():
-        certificate = shown["certificate"].reindex(table.index)
-        table = table.assign(certificate=certificate, converged=certificate <= CONVERGED)
+    certificate = shown["certificate"].reindex(table.index)
+    if certificate.notna().any():
+        table["certificate"] = certificate
+    table["converged"] = certificate <= CONVERGED  # and not where nothing is known
     for once in ONCE:
         of_tap = {r.tap: r.value for r in results.rows if (r.metric, r.target) == (once, name)}
         if of_tap:

@@ -108,7 +108,9 @@ def test_probes_that_are_not_settled():
     assert "1 of" in finding.text
     assert " nan " not in finding.text
     assert codes(results_of(HEALTHY, certificate=1e-4)) == set()
-    assert "KP006" in diagnose(results_of(HEALTHY)).not_applicable
+    (finding,) = diagnose(results_of(HEALTHY, certificate=math.nan))  # nothing is known of any
+    assert finding.taps == tuple(HEALTHY)
+    assert "are not known to be near their optimum" in finding.text
 
 
 def diverged(errors, from_place):
