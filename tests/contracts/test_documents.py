@@ -137,6 +137,7 @@ def test_the_example_ends_in_the_table_and_the_files(tmp_path):
         name: float(before)
         for name, before in re.findall(r"^(\w+) .* (0\.\d+) +0\.\d+ +0\.\d+$", table, re.MULTILINE)
     }
+    assert f"Random features take the error from {errors['input']:.1%} at the input to" in printed
     # Figure 3: random features already separate the digits better than pixels do.
     assert errors["conv2_postpool"] < errors["input"] < 0.15
     for name in (
@@ -174,10 +175,17 @@ def bars(printed):
 
 @pytest.mark.slow
 def test_the_example_of_a_skip_connection(tmp_path):
-    errors = bars(run_example("pathological_skip.py", tmp_path, "--quick"))
+    printed = run_example("pathological_skip.py", tmp_path, "--quick")
+    errors = bars(printed)
     # What the first half has lost is there again behind the skip connection.
     assert errors["hidden0"] + 0.1 < errors["hidden11"]
     assert errors["skip"] + 0.1 < errors["hidden11"]
+    ends = re.findall(r"half ends at an error of (.*?), its weights moved by (.*?)%", printed)
+    assert [float(error) for error, _ in ends] == [
+        pytest.approx(errors[tap], abs=0.006) for tap in ("hidden11", "hidden23")
+    ]
+    first, second = (float(moved) for _, moved in ends)
+    assert 0 < first < second / 2
     assert (tmp_path / "out" / "probes.html").exists()
     assert len(keras_probes.ProbeResults.load(tmp_path / "out").taps) == 27
 
@@ -227,6 +235,7 @@ def test_the_example_of_inception(tmp_path):
     printed = run_example("inception.py", tmp_path, "--quick")
     assert all(f"epoch {epoch}" in printed for epoch in (1, 2, 3, 4))
     assert re.search(r"^\(aux_head itself\) ", printed, flags=re.MULTILINE)
+    assert re.search(r"auxiliary head's probe, [\d.]+%, is (not )?ahead of the main", printed)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {f"inception-{epoch}.svg" for epoch in (1, 2, 3, 4)} < written
     assert {"errors.png", "errors.csv", "probes.html"} < written
