@@ -40,7 +40,7 @@ def test_overhead_of_a_step():
     )  # fmt: skip
     for name in ("bare", "shared", "isolated", "kept", "by hand"):
         assert f"\n{name} " in f"\n{printed}"
-    assert "GFLOP a step" in printed
+    assert "MiB a step" in printed
     assert "settling" in printed
 
 
@@ -49,7 +49,7 @@ def test_overhead_of_a_process(what):
     options = ("--host", "mlp", "--probes", 1, "--steps", 4, "--rounds", 1)
     printed = run("overhead.py", what, *options, "--variants", "bare", "shared")
     assert "\nshared " in printed
-    assert "GFLOP a step" in printed
+    assert "MiB a step" in printed
 
 
 @pytest.mark.parametrize(
