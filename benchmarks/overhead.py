@@ -219,7 +219,7 @@ def limits(args):
     memory = sum(size for _, size in sizes.values())
     print(
         f"{args.host}, {len(one.taps)} probes, {args.reduce}, batch {one.batch}: "
-        f"host {flops / 1e9:.2f} GFLOP and {moved / 2**20:.0f} MiB a step, a third of it its "
+        f"host {flops / 1e9:.2f} GFLOP a step and {moved / 2**20:.0f} MiB, a third of it its "
         f"forward pass, which isolated probes have too; probes "
         f"{6 * one.batch * parameters / 1e9:.2f} GFLOP and {4 * PASSES * parameters / 2**20:.0f} "
         f"MiB, {memory / 2**20:.0f} MiB held"

@@ -19,13 +19,13 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTED = ["LinearProbeCallback", "FeatureStore"]  # whose docstrings have code
 
 
-def code_blocks(path: pathlib.Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+def code_blocks(text: str, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def scripts_called(path: pathlib.Path) -> list[str]:
     """The command lines that have one of our scripts do something, a loop's variable as 1."""
-    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = code_blocks(path.read_text(encoding="utf-8"), "bash")
     lines = re.findall(r"python ((?:examples|benchmarks)/[^\n#]*)", "\n".join(blocks))
     return [re.sub(r"\$\w+", "1", line) for line in lines]
 
@@ -45,7 +45,7 @@ def host() -> keras.Model:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
 def test_code_blocks_run(path, digits, tmp_path, monkeypatch, capsys):
-    blocks = code_blocks(path)
+    blocks = code_blocks(path.read_text(encoding="utf-8"))
     if not blocks:
         return
     monkeypatch.chdir(tmp_path)
@@ -65,9 +65,7 @@ def test_code_blocks_of_docstrings_run(name, digits, tmp_path, monkeypatch):
     keras_probes.extract_features(model, (x, y), "features/", verbose=False)
     names = {"model": model, "x": x, "y": y, "x_val": x_val, "y_val": y_val}
     exec("from keras_probes import *", names)
-    (block,) = re.findall(
-        r"```python\n(.*?)```", inspect.getdoc(getattr(keras_probes, name)), flags=re.DOTALL
-    )
+    (block,) = code_blocks(inspect.getdoc(getattr(keras_probes, name)))
     exec(compile(block, name, "exec"), names)
 
 
