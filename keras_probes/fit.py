@@ -21,8 +21,9 @@ from keras_probes.probes.spread import inverse_spread
 from keras_probes.results import Node, Probe, ProbeResults, Row, versions
 from keras_probes.store.features import FeatureStore, StoredArray
 
-# The path of l2="auto": features are standardised, so that one serves every tap.
-PENALTIES = tuple(float(penalty) for penalty in np.logspace(0, -4.5, 10))
+# The path of l2="auto": features are standardised, so that one serves every tap. Only few features
+# that vary together have their best penalty near its end; for others it is left long before.
+PENALTIES = tuple(float(penalty) for penalty in np.logspace(0, -8, 17))
 PATH_TOL = 1e-3  # nats; enough to compare validation losses
 READ_ROWS = 8192  # about so many rows are in the works at a time
 UNSEEN = -1e9  # the bias of a class without examples: it is never predicted
@@ -54,8 +55,8 @@ def fit_probes(
         validation: Rows that choose the penalty: another store of the same host, or the fraction
             of `store` to keep apart for it.
         test: Rows to report on that chose nothing, likewise.
-        l2: The penalty; several, from which the validation loss picks; or `"auto"` for ten from 1
-            down to 3e-5.
+        l2: The penalty; several, from which the validation loss picks; or `"auto"` for those
+            from 1 down to 1e-8, half a decade apart, until that loss has risen twice.
         tol: How far the training objective may be above its optimum, in nats.
         taps: Names of the taps to fit; all by default.
         memory: Bytes of features to hold at once. Taps that take more are read from disk again and

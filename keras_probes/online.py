@@ -331,7 +331,8 @@ class OnlineProbes:
             if side.forward is None or side.forward.spec != spec:
                 side.forward = ForwardPass(side.plan, side.targets, spec)
         features = len(self._sides) * sum(self.plan.n_features.values())
-        self._sample.add(batches, 4 * features)
+        most = max(side.probes.most_examples() for side in self._sides)
+        self._sample.add(batches, 4 * features, most)
 
     def layers(self) -> Iterable[keras.Operation]:
         return self.plan.layers()

@@ -10,8 +10,6 @@ from typing import Any
 
 import tensorflow as tf
 
-MOST = 10_000  # examples: beyond, a probe of 1,000 features gains little
-
 
 class Sample:
     """Keeps batches of the epoch that is running.
@@ -37,35 +35,37 @@ class Sample:
         """
         self.batches.clear()
         self._memory, self._steps = memory, steps
-        self._room, self._examples, self._every = MOST, 0, 1
+        self._room: int | None = None if memory > 0 else 0  # in examples, once one is seen
+        self._examples, self._every = 0, 1
 
     def wants(self, step: int) -> bool:
         """Whether to keep the batches of this step of the epoch, from 0."""
-        return self._room > 0 and self._memory > 0 and step % self._every == 0
+        return self._room != 0 and step % self._every == 0
 
-    def add(self, batches: Sequence[Any], feature_bytes: int) -> None:
+    def add(self, batches: Sequence[Any], feature_bytes: int, most: int) -> None:
         """Keeps the batches of a step.
 
         Args:
             batches: What the host's step takes.
             feature_bytes: How much the features of one example are to take.
+            most: How many examples are of use.
         """
         sizes = [_examples(batch) for batch in batches]
-        if not self.batches:
-            self._plan(sum(sizes), sum(map(_bytes, batches)) / sum(sizes) + feature_bytes)
-        if self._room:
-            self.batches.extend(batches)
-            self._examples += sum(sizes)
+        if self._room is None:
+            each = sum(map(_bytes, batches)) / sum(sizes) + feature_bytes
+            self._room = self._plan(sum(sizes), min(most, int(self._memory // each)))
+        self.batches.extend(batches)
+        self._examples += sum(sizes)
         while self._examples > self._room:
             self._examples -= _examples(self.batches.popleft())
 
-    def _plan(self, of_step: int, bytes_each: float) -> None:
-        """Decides how many examples to keep, and of which steps."""
-        self._room = min(MOST, int(self._memory // bytes_each))
-        if self._room < of_step:
-            self._room = 0
-        elif self._steps is not None:
-            self._every = math.ceil(self._steps / (self._room // of_step))
+    def _plan(self, of_step: int, room: int) -> int:
+        """Of which steps to keep the examples, and how many, if there is `room` for so many."""
+        if room < of_step:
+            return 0
+        if self._steps is not None:
+            self._every = math.ceil(self._steps / (room // of_step))
+        return room
 
 
 def _examples(batch: Any) -> int:

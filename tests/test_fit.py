@@ -100,10 +100,24 @@ def test_auto_takes_the_penalty_with_the_least_validation_loss(store, results):
         chosen = value(results, tap, "l2")
         losses = {
             l2: value(quiet(store, l2=l2, taps=[tap]), tap, "loss", "validation")
-            for l2 in (fit.PENALTIES[0], chosen, fit.PENALTIES[-1])
+            for l2 in (10 * chosen, chosen, chosen / 10)
         }
         assert fit.PENALTIES[-1] < chosen < fit.PENALTIES[0]
         assert min(losses, key=losses.__getitem__) == chosen
+
+
+def test_few_features_that_vary_together_take_a_penalty_as_small_as_they_need(tmp_path):
+    """A hundredth of their spread tells the class: W has to be some hundred."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 2000)
+    both = rng.normal(size=2000)
+    x = np.stack([both, both + 0.01 * (y - 0.5) + 0.003 * rng.normal(size=2000)], axis=1)
+    inputs = keras.Input((2,))
+    host = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+    fitted = quiet(extract(tmp_path / "s", (x.astype("float32"), y), host, layers=["input"]))
+    assert value(fitted, "input", "l2") < 3e-5
+    bayes = 0.048  # Phi(-0.005 / 0.003)
+    assert value(fitted, "input", "error", "test") == pytest.approx(bayes, abs=0.05)
 
 
 def test_from_disk_as_from_memory_bit_for_bit(store, results, monkeypatch):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_probes import sample
 from keras_probes.sample import Sample
 
 KIB = 1024
@@ -15,14 +14,16 @@ def batch(step, size=8):
     return tf.fill((size, 4), float(step)), tf.fill((size,), step)
 
 
-def kept(sample, steps, memory, known=True, at_once=1, size=8, ragged=None, feature_bytes=12):
+def kept(
+    sample, steps, memory, known=True, at_once=1, size=8, ragged=None, feature_bytes=12, most=10**6
+):
     """Steps whose batches are kept of an epoch."""
     sample.begin(memory, -(-steps // at_once) if known else None)
     for step in range(0, steps, at_once):
         if sample.wants(step // at_once):
             many = range(step, min(step + at_once, steps))
             sizes = [ragged if ragged and s == steps - 1 else size for s in many]
-            sample.add([batch(s, n) for s, n in zip(many, sizes, strict=True)], feature_bytes)
+            sample.add([batch(s, n) for s, n in zip(many, sizes, strict=True)], feature_bytes, most)
     return [int(labels[0]) for _, labels in sample.batches]
 
 
@@ -49,9 +50,9 @@ def test_features_take_of_the_room():
     assert kept(Sample(), 10, 0) == []
 
 
-def test_never_more_than_are_of_use(monkeypatch):
-    monkeypatch.setattr(sample, "MOST", 16)
-    assert kept(Sample(), 10, 10**9) == [0, 5]
+def test_never_more_than_are_of_use():
+    assert kept(Sample(), 10, 10**9, most=16) == [0, 5]
+    assert kept(Sample(), 10, 10**9, most=0) == []
 
 
 @pytest.mark.parametrize("known", [True, False])

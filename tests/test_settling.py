@@ -257,6 +257,16 @@ def test_batches_that_are_left_out_are_the_hosts_own(digits):
     assert {key: logs[1][key] for key in logs[0]} == logs[0]
 
 
+def test_with_a_thousand_classes_nothing_is_kept_and_the_table_says_so(digits):
+    (x, y), validation = digits
+    probes = LinearProbeCallback("pool", num_classes=1000)
+    host().fit(x, y, callbacks=[probes], validation_data=validation, verbose=0)
+    assert not probes.results.frame()["certificate"].notna().any()
+    assert not probes.results.table()["converged"].any()
+    (finding,) = [f for f in probes.results.diagnose() if f.code == "KP006"]
+    assert finding.taps == ("pool",)
+
+
 def test_a_control_tells_what_is_known_by_heart(digits, tmp_path):
     (x, y), validation = digits
     probes = LinearProbeCallback(["input", "pool"], baselines=["shuffled"])

@@ -29,7 +29,7 @@ from keras_probes.probes.heads import (
 )
 from keras_probes.probes.measures import SUMS, batch_sums
 from keras_probes.probes.replicas import sum_over_replicas
-from keras_probes.probes.settle import ENOUGH, Settled, settle
+from keras_probes.probes.settle import ENOUGH, Settled, enough, most_examples, settle
 
 # The l2 penalty of a probe while it trains: PRIOR * share^2 / n, for n examples to train on and the
 # share that it leaves of the log(num_classes) nats of a guess. Few examples of many features would
@@ -219,6 +219,11 @@ class ProbeSet:
         x, finite = self._finite(self._stacked(features))
         self._add_up("test", self._standardize.standardized(x), finite, labels, weights)
 
+    def most_examples(self) -> int:
+        """How many examples are of use to `settle`."""
+        kernels = [heads.kernel.shape[1:] for heads in self._heads()]
+        return max(most_examples(*shape) for shape in kernels)
+
     def settle(
         self, features: Mapping[str, tf.Tensor], labels: Labels, weights: Labels
     ) -> dict[tuple[str | None, str], Settled]:
@@ -230,7 +235,7 @@ class ProbeSet:
             weights: By target, float32, shape (n,).
 
         Returns:
-            By target and tap, what became of the probe. Those of a tap that has too many features
+            By target and tap, what became of the probe. Those with too many features or classes
             for so few examples are not there: they stay as they were.
         """
         found: dict[tuple[str | None, str], Settled] = {}
@@ -242,8 +247,10 @@ class ProbeSet:
                 x = tf.boolean_mask(features[tap], finite)
                 if len(x) < ENOUGH * x.shape[1]:
                     continue
-                z = self._standardize.restart(at, place, x)
                 for target, heads in group.heads.items():
+                    if not enough(len(x), *heads.kernel.shape[1:]):
+                        continue
+                    z = self._standardize.restart(at, place, x)
                     settled = settle(
                         heads.projected(place, z),
                         tf.boolean_mask(labels[target], finite).numpy(),

@@ -18,12 +18,15 @@ example, as `fit_probes` chooses it; the probe is then fitted to all. The row be
     s d / (n |A|^2)
 
 with d features and a share s left of the log(num_classes) nats of a guess: weights as large as they
-were, and examples that say the less the less of them is explained. What the probe does in the end
-cannot tell it: seen again and again, examples of many features are learned by heart, and the
-penalty would fade. It is TOL / |W|^2 at least, which costs about TOL, and without which no
-certificate would be in reach.
+were (or, if that is more, as make logits vary by 1), and examples that say the less the less of
+them is explained. What the probe does in the end cannot tell it: seen again and again, examples of
+many features are learned by heart, and the penalty would fade. It is TOL / |W|^2 at least, which
+costs about TOL, and without which no certificate would be in reach.
 
-`benchmarks/tracking.py` shows what it comes to.
+Many classes need many examples, and each pass over these takes longer: `most_examples` says where
+a probe is left to its optimizer.
+
+`benchmarks/tracking.py` shows what it comes to, `benchmarks/settling.py` what it costs.
 """
 
 import dataclasses
@@ -38,6 +41,9 @@ MOST_STEPS = 50
 FOLDS = 8  # one of them chooses the penalty
 FACTOR = 10**0.5  # from a penalty to the next
 ENOUGH = 0.5  # examples per feature, at least
+FEW = 20  # examples per class, at least: an eighth of them has to choose
+MOST = 10_000  # examples; beyond, a probe of 1,000 features gains little
+WORK = 1e9  # multiplications of a pass, of which it takes up to some hundred
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,26 @@ class Settled:
     near: float
 
 
+def most_examples(n_features: int, num_classes: int) -> int:
+    """How many examples a probe is settled on at most; 0 if those are too few for it.
+
+    A pass over n examples multiplies 2 n d K times for logits and gradient, and n K^2 times for the
+    curvature. With 1,000 classes that is beyond what the end of an epoch should cost.
+    """
+    of_example = num_classes * (2 * n_features + num_classes)
+    most = min(MOST, int(WORK // of_example))
+    return most if most >= _fewest(n_features, num_classes) else 0
+
+
+def enough(n: int, n_features: int, num_classes: int) -> bool:
+    """Whether a probe is settled where there are n examples."""
+    return _fewest(n_features, num_classes) <= min(n, most_examples(n_features, num_classes))
+
+
+def _fewest(n_features: int, num_classes: int) -> float:
+    return max(ENOUGH * n_features, FEW * num_classes)
+
+
 def settle(
     z: tf.Tensor,
     labels: np.ndarray,
@@ -79,17 +105,21 @@ def settle(
         of: Number of examples the host trains on, N.
 
     Returns:
-        The probe; `None` if the examples are too few for so many features, or of one class. What
-        it says of classes that have no example stays as it was.
+        The probe; `None` if the examples are too few for so many features or classes, of one
+        class, or too many to settle on as many as it takes. What it says of classes that have no
+        example stays as it was.
     """
-    counts = (labels >= 0) & (weights > 0)
-    seen = np.unique(labels[counts])
-    if counts.sum() < ENOUGH * len(kernel) or len(seen) < 2:
+    rows = np.flatnonzero((labels >= 0) & (weights > 0))
+    most = most_examples(*kernel.shape)
+    if len(rows) > most:
+        rows = rows[np.linspace(0, len(rows) - 1, most).astype(int)]
+    seen = np.unique(labels[rows])
+    if not enough(len(rows), *kernel.shape) or len(seen) < 2:
         return None
     block = (
-        z,
-        tf.constant(np.searchsorted(seen, np.where(counts, labels, seen[0])), tf.int32),
-        tf.constant(np.where(counts, weights, 0.0), tf.float32),
+        tf.gather(z, rows),
+        tf.constant(np.searchsorted(seen, labels[rows]), tf.int32),
+        tf.constant(weights[rows], tf.float32),
     )
     found = np.vstack([kernel, bias]).astype("float64")
     start = found[:, seen]
@@ -97,14 +127,14 @@ def settle(
     loss = problem.evaluate(start, l2=0.0).loss
     if loss <= TOL:  # and the optimum is not below 0
         return Settled(found[:-1], found[-1], loss, loss, 0.0, 0.0)
-    guess, n, d = np.log(len(seen)), int(counts.sum()), len(kernel)
+    guess, n, d = np.log(len(seen)), len(rows), len(kernel)
     # One worse than a guess is no probe to stay near.
     from_here = start if loss < guess else np.zeros_like(start)
-    size = max(np.sum(from_here[:-1] ** 2), from_here[:-1].size)  # or logits that vary by 1
+    size = max(np.sum(from_here[:-1] ** 2), len(seen))  # or logits that vary by 1
     known = 1.0 - n / max(n, of)
     problem.centre = known * from_here[:-1]
     first = max(min(loss / guess, 1.0) * d / n, TOL) / size
-    penalty, point = _chosen(problem, block, np.flatnonzero(counts)[::FOLDS], first, from_here)
+    penalty, point = _chosen(problem, block, first, from_here)
     fit = fit_softmax(problem, penalty, start=point, tol=TOL, max_iterations=MOST_STEPS)
     before = problem.evaluate(start, penalty).objective
     found[:-1, seen] = fit.kernel
@@ -116,15 +146,13 @@ def settle(
 
 
 def _chosen(
-    problem: Problem, block: Block, apart: np.ndarray, first: float, start: np.ndarray
+    problem: Problem, block: Block, first: float, start: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """The penalty that does best on the examples `apart`, and the probe it makes of the others."""
-    z, labels, weights = block
-    is_apart = np.zeros(len(z), bool)
-    is_apart[apart] = True
+    """The penalty that does best on some examples, and the probe it makes of the others."""
+    apart = np.arange(len(block[0])) % FOLDS == 0
     others, held = (
-        problem.of([tuple(tf.boolean_mask(part, rows) for part in (z, labels, weights))])
-        for rows in (~is_apart, is_apart)
+        problem.of([tuple(tf.boolean_mask(part, rows) for part in block)])
+        for rows in (~apart, apart)
     )
 
     def tried(penalty: float, start: np.ndarray) -> tuple[float, float, np.ndarray]:

@@ -47,6 +47,7 @@ of the mean softmax only (a third more).
 import collections
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
@@ -111,6 +112,12 @@ class _Point:
     def bound(self) -> float:
         """|dF/dW|^2 / (2 l2)."""
         return float(np.sum(self.gradient[:-1] ** 2)) / (2 * self.l2)
+
+    @functools.cached_property
+    def of_classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues theta, above 0, and eigenvectors U of the softmax matrix."""
+        theta, vectors = np.linalg.eigh(self.softmax)
+        return np.maximum(theta, 1e-8), vectors
 
 
 class Problem:
@@ -220,8 +227,7 @@ class Problem:
 
     def _scaled(self, gradient: np.ndarray, at: _Point) -> np.ndarray:
         """An approximate inverse Hessian at a point, times `gradient`, shape (d + 1, K)."""
-        theta, classes = np.linalg.eigh(at.softmax)
-        theta = np.maximum(theta, 1e-8)
+        theta, classes = at.of_classes
         rotated = gradient @ classes
         scale = self._variances[:, None] * theta + at.l2
         if self._basis is None:

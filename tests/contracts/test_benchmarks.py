@@ -68,6 +68,14 @@ def test_tracking(images, tmp_path, host, how):
     assert figure.stat().st_size > 10_000
 
 
+def test_settling():
+    printed = run("settling.py", "--sizes", "3:5", "1000:64", "--rounds", 1)
+    assert re.search(
+        r"3 classes, +5 features: +10000 examples, +[\d.]+ s .* above the optimum", printed
+    )
+    assert re.search(r"1000 classes, +64 features: not settled", printed)
+
+
 def test_solver(images):
     printed = run("solver.py", "--data", images, "--rounds", 1)
     assert "in all: ratio" in printed
