@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_probes.probes.settle import most_examples, settle
 
-SIZES = ((10, 1000), (100, 256), (100, 1000), (150, 1000), (300, 64), (1000, 64))
+SIZES = ((10, 1000), (100, 256), (100, 1000), (190, 1000), (390, 64), (1000, 64))
 
 
 def made(n, classes, features, seed):

@@ -41,7 +41,7 @@ MOST_STEPS = 50
 FOLDS = 8  # one of them chooses the penalty
 FACTOR = 10**0.5  # from a penalty to the next
 ENOUGH = 0.5  # examples per feature, at least
-FEW = 20  # examples per class, at least: an eighth of them has to choose
+FEW = 12  # examples per class, at least
 MOST = 10_000  # examples; beyond, a probe of 1,000 features gains little
 WORK = 1e9  # multiplications of a pass, of which it takes up to some hundred
 

@@ -129,9 +129,9 @@ def test_how_many_examples_are_settled_on():
     assert most_examples(1000, 10) == MOST
     assert most_examples(1000, 100) == 10**9 // (100 * 2100)
     assert most_examples(64, 1000) == 0  # 886 examples are less than one a class
-    assert enough(200, 400, 10)
-    assert not enough(199, 5, 10)
-    assert not enough(200, 401, 10)
+    assert enough(120, 240, 10)
+    assert not enough(119, 5, 10)
+    assert not enough(120, 241, 10)
     assert not enough(10**6, 64, 1000)
 
 
