@@ -18,10 +18,10 @@ example, as `fit_probes` chooses it; the probe is then fitted to all. The row be
     s d / (n |A|^2)
 
 with d features and a share s left of the log(num_classes) nats of a guess: weights as large as they
-were (or, if that is more, as make logits vary by 1), and examples that say the less the less of
-them is explained. What the probe does in the end cannot tell it: seen again and again, examples of
-many features are learned by heart, and the penalty would fade. It is TOL / |W|^2 at least, which
-costs about TOL, and without which no certificate would be in reach.
+were (or, if that is more, of entries of 1), and examples that say the less the less of them is
+explained. What the probe does in the end cannot tell it: seen again and again, examples of many
+features are learned by heart, and the penalty would fade. It is TOL / |W|^2 at least, which costs
+about TOL, and without which no certificate would be in reach.
 
 Many classes need many examples, and each pass over these takes longer: `most_examples` says where
 a probe is left to its optimizer.
@@ -37,7 +37,7 @@ import tensorflow as tf
 from keras_probes.probes.solver import Block, Problem, fit_softmax
 
 TOL = 2e-3  # nats
-MOST_STEPS = 50
+MOST_STEPS = 50  # of the solver, at one penalty
 FOLDS = 8  # one of them chooses the penalty
 FACTOR = 10**0.5  # from a penalty to the next
 ENOUGH = 0.5  # examples per feature, at least
@@ -130,7 +130,7 @@ def settle(
     guess, n, d = np.log(len(seen)), len(rows), len(kernel)
     # One worse than a guess is no probe to stay near.
     from_here = start if loss < guess else np.zeros_like(start)
-    size = max(np.sum(from_here[:-1] ** 2), len(seen))  # or logits that vary by 1
+    size = max(np.sum(from_here[:-1] ** 2), from_here[:-1].size)  # or entries of 1
     known = 1.0 - n / max(n, of)
     problem.centre = known * from_here[:-1]
     first = max(min(loss / guess, 1.0) * d / n, TOL) / size

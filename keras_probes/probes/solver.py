@@ -282,24 +282,24 @@ def fit_softmax(
         start: W over b, shape (d + 1, K), to begin at.
         tol: How far F may be above its optimum, in nats.
         certify: Whether to prove it. If not, the solver's own estimate of the distance decides.
-        max_iterations: Number of steps after which to give up.
+        max_iterations: Number of steps after which to give up, those of looking ahead included.
 
     Returns:
         The `Fit`.
     """
     point = problem.evaluate(problem.start() if start is None else start, l2)
     found: _Point | None = None  # what to return, once it is near enough
-    iterations = ahead = 0
+    steps = iterations = ahead = 0
     certificate = math.nan
     while True:
+        given_up = steps >= max_iterations
         direction = problem.direction(point)
         slope = float(np.sum(point.gradient * direction))
         # Half the slope is what a parabola of this curvature has left to fall.
-        if found is None and (slope / 2 <= SURE * tol or iterations >= max_iterations):
+        if found is None and (slope / 2 <= SURE * tol or given_up):
             found, ahead = point, 0
             if not certify:
                 break
-        given_up = iterations >= max_iterations
         if found is not None and (given_up or point.bound <= (TIGHT - 1) * _fallen(found, point)):
             if given_up or found.objective - point.objective + point.bound <= tol:
                 found, certificate = _certified(problem, found, point)
@@ -318,10 +318,11 @@ def fit_softmax(
             found = found and problem.evaluate(found.weights, l2, "float64")
         else:
             problem.learn(point, following)
+            steps += 1
             ahead += found is not None
             iterations += found is None
         point = following
-    converged = certificate <= tol if certify else iterations < max_iterations
+    converged = certificate <= tol if certify else steps < max_iterations
     return Fit(
         kernel=found.weights[:-1],
         bias=found.weights[-1],
