@@ -258,7 +258,8 @@ class Problem:
         mean = self._in_common.sum(axis=1)
         mended = (1 - t) * by_kernel + np.outer(mean, q) - t * self._in_common
         bound = (1 - t) * entropy + np.sum(mended * self.centre)
-        return float(bound - np.sum(mended**2) / (2 * point.l2))
+        bound -= np.sum(mended**2) / (2 * point.l2)
+        return max(float(bound), 0.0)  # neither part of F is below 0
 
     def _read(self) -> Iterable[Block]:
         self.passes += 1
@@ -300,8 +301,9 @@ def fit_softmax(
             found, ahead = point, 0
             if not certify:
                 break
-        if found is not None and (given_up or point.bound <= (TIGHT - 1) * _fallen(found, point)):
-            if given_up or found.objective - point.objective + point.bound <= tol:
+        at_end = given_up or (found is not None and found.objective <= tol)  # and F* >= 0
+        if found is not None and (at_end or point.bound <= (TIGHT - 1) * _fallen(found, point)):
+            if at_end or found.objective - point.objective + point.bound <= tol:
                 found, certificate = _certified(problem, found, point)
             if certificate <= tol or given_up:
                 break

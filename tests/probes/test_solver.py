@@ -176,6 +176,21 @@ def test_stopped_early_it_says_so_and_the_certificate_holds():
     assert 1e-6 < gap <= fit.certificate
 
 
+def test_examples_told_apart_are_certified_by_the_objective():
+    """F is never below 0, and here it nearly is: no more steps are taken to prove it."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, 60)
+    z = rng.normal(size=(60, 200)).astype("float32")
+    told_apart = problem(z, labels, np.ones(60, "float32"))
+    fit = fit_softmax(told_apart, 1e-7, tol=1e-3)
+    assert fit.converged
+    assert fit.certificate <= (1 + 1e-9) * fit.objective <= 1e-3
+    assert told_apart.passes <= 2 * fit.iterations + 5
+    early = fit_softmax(told_apart, 1e-7, tol=1e-9, max_iterations=3)
+    assert not early.converged
+    assert early.certificate <= (1 + 1e-9) * early.objective
+
+
 def test_a_tolerance_beyond_rounding_is_not_claimed():
     z, labels, weights = CASES["plain"]
     fit = fit_softmax(problem(z, labels, weights), 1e-2, tol=1e-17)
