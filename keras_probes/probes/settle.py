@@ -105,9 +105,8 @@ def settle(
         of: Number of examples the host trains on, N.
 
     Returns:
-        The probe; `None` if the examples are too few for so many features or classes, of one
-        class, or too many to settle on as many as it takes. What it says of classes that have no
-        example stays as it was.
+        The probe; `None` if the examples are not `enough`, or of one class. What it says of
+        classes that have no example stays as it was.
     """
     rows = np.flatnonzero((labels >= 0) & (weights > 0))
     most = most_examples(*kernel.shape)
