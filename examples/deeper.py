@@ -21,7 +21,7 @@ MODELS = {
 
 def main() -> None:
     """Prints errors and findings, and writes figure and report."""
-    parser = options(__doc__, "deeper_out", epochs=3, quick="96 images, one epoch")
+    parser = options(__doc__, "deeper_out", epochs=3, quick="96 images, one epoch of SGD")
     parser.add_argument("--model", choices=MODELS, default="resnet101")
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
@@ -30,11 +30,9 @@ def main() -> None:
 
     make, where, learning_rate = MODELS[args.model]
     model = make(weights=None, input_shape=train[0].shape[1:], classes=int(train[1].max()) + 1)
-    model.compile(
-        keras.optimizers.Adam(learning_rate),
-        "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-    )
+    # Keras compiles a step of SGD for ResNet-101 in half the time.
+    optimizer = keras.optimizers.SGD() if args.quick else keras.optimizers.Adam(learning_rate)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     probes = LinearProbeCallback(where, reduce="gap", log_dir=args.out / "logs", seed=args.seed)
     model.fit(
         *train, batch_size=32, epochs=epochs, validation_data=test, callbacks=[probes], verbose=2

@@ -37,7 +37,7 @@ import tensorflow as tf
 from keras_probes.probes.solver import Block, Problem, fit_softmax
 
 TOL = 2e-3  # nats
-MOST_STEPS = 50  # of the solver, at one penalty
+MOST_STEPS = 100  # of the solver, at one penalty
 FOLDS = 8  # one of them chooses the penalty
 FACTOR = 10**0.5  # from a penalty to the next
 ENOUGH = 0.5  # examples per feature, at least
