@@ -100,7 +100,7 @@ def test_auto_takes_the_penalty_with_the_least_validation_loss(store, results):
         chosen = value(results, tap, "l2")
         losses = {
             l2: value(quiet(store, l2=l2, taps=[tap]), tap, "loss", "validation")
-            for l2 in (10 * chosen, chosen, chosen / 10)
+            for l2 in (fit.PENALTIES[0], 10 * chosen, chosen, chosen / 10, fit.PENALTIES[-1])
         }
         assert fit.PENALTIES[-1] < chosen < fit.PENALTIES[0]
         assert min(losses, key=losses.__getitem__) == chosen

@@ -245,12 +245,15 @@ class ProbeSet:
             for place, tap in enumerate(group.taps):
                 finite = tf.reduce_all(tf.math.is_finite(features[tap]), axis=1)
                 x = tf.boolean_mask(features[tap], finite)
-                if len(x) < ENOUGH * x.shape[1]:
+                settling = {
+                    target: heads
+                    for target, heads in group.heads.items()
+                    if enough(len(x), *heads.kernel.shape[1:])
+                }
+                if not settling or len(x) < ENOUGH * x.shape[1]:
                     continue
-                for target, heads in group.heads.items():
-                    if not enough(len(x), *heads.kernel.shape[1:]):
-                        continue
-                    z = self._standardize.restart(at, place, x)
+                z = self._standardize.restart(at, place, x)
+                for target, heads in settling.items():
                     settled = settle(
                         heads.projected(place, z),
                         tf.boolean_mask(labels[target], finite).numpy(),

@@ -81,10 +81,9 @@ def test_the_penalty_is_the_one_that_does_best_on_examples_apart(n, noise):
         return cross_entropy(z[apart], labels[apart], model.coef_.T, model.intercept_)
 
     best = loss_apart(found.l2)
-    near = 2 * TOL  # it compares probes that are within TOL of their optimum, both
-    assert best < loss_apart(found.l2 * FACTOR) + near
+    assert best < loss_apart(found.l2 * FACTOR) + 2e-3
     if found.l2 * np.sum(found.kernel**2) > 10 * TOL:  # there is a penalty below
-        assert best < loss_apart(found.l2 / FACTOR) + near
+        assert best < loss_apart(found.l2 / FACTOR) + 2e-3
 
 
 def test_a_probe_without_loss_is_left_as_it_is():
