@@ -405,7 +405,7 @@ def test_a_second_fit_goes_on_and_an_instance_serves_another_model(digits):
     _, second = fit(digits, probes, model, epochs=2, initial_epoch=1)
     key = "val_probe_loss/input"
     assert second.history[key][0] < first.history[key][0]
-    key = "probe_loss/input"  # of each batch before the step on it: 1.7, then 0.004
+    key = "probe_loss/input"  # of each batch before the step on it: 1.7, then 0.001
     assert second.history[key][0] < 0.5 * first.history[key][0]
     frame = probes.results.frame()
     assert list(frame["epoch"].unique()) == [1]
