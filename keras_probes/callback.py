@@ -5,11 +5,10 @@ decided in `taps`, what is measured in `probes`; the probes of one host are an `
 """
 
 import dataclasses
-import math
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -21,10 +20,11 @@ from keras_probes.checkpoint import Backups, Checkpoint
 from keras_probes.extract import extract_features
 from keras_probes.fit import fit_probes
 from keras_probes.online import OnlineProbes, Settings, mebibytes
-from keras_probes.probes.measures import CODE_LENGTH, METRICS, guesses, measure
+from keras_probes.probes.measures import METRICS
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
 from keras_probes.results import BASELINES, ProbeResults, Row, name_of_measure, versions
+from keras_probes.rows import rows_of_batches, rows_of_epoch
 from keras_probes.store.features import FeatureStore
 from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
@@ -39,9 +39,6 @@ _UNSUPPORTED = (
     tf.distribute.TPUStrategy,
     tf.distribute.experimental.CentralStorageStrategy,
 )
-
-# What Keras calls the share of examples that a model gets right.
-_ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_accuracy")
 
 
 class LinearProbeCallback(keras.callbacks.Callback):
@@ -506,7 +503,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self.results.settings = {"model": self.model.name, **self._settings.described()}
             self.results.versions = versions()
         split = "train" if kind == "train" else self._test_split
-        rows = list(self._rows(sums, split, self._online, of_host))
+        asked = named_targets(self._settings.target)
+        rows = list(
+            rows_of_epoch(self._online, sums, self._epoch, split, self.metrics, asked, of_host)
+        )
         self.results.add(rows)
         # Before Keras backs up the host: where its backup is there, ours is.
         if self._backups is not None and split in ("train", "validation"):
@@ -519,64 +519,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if online.steps - steps < every:
             return
         sums = online.sums("train")
-        rows = []
-        for target, by_tap in sums.items():
-            for tap, total in by_tap.items():
-                was = before[target][tap] if before else {}
-                new = {name: value - was.get(name, 0.0) for name, value in total.items()}
-                of: dict[str, Any] = {"split": "train", "target": target, "tap": tap}
-                rows += [
-                    Row(self._epoch, online.steps, metric=metric, value=measure(metric, new),
-                        n=int(new["count"]), **of)
-                    for metric in self.metrics
-                ]  # fmt: skip
+        rows = list(rows_of_batches(online, sums, before, self._epoch, self.metrics))
         if any(row.n for row in rows):  # else the batches wait for others
             self._logged = (online.steps, sums)
             writer.write_batches(ProbeResults(online.tap_infos(), rows))
-
-    def _rows(
-        self, sums: Sums, split: str, online: OnlineProbes, of_host: Mapping[str, Any]
-    ) -> Iterable[Row]:
-        asked = named_targets(self._settings.target)
-        kind: Kind = "train" if split == "train" else "test"
-        certificates = online.certificates(kind)
-        for target, by_tap in sums.items():
-            probes = online.probes_of(target)
-            known, counts = (probes.label_counts(k, target) for k in ("train", kind))
-            code = (CODE_LENGTH,) if kind == "train" and online.first_pass else ()
-            of_model = {"error": _host_error(of_host, asked.get(target, ()))}
-            for metric in (*self.metrics, *code):
-                majority, chance = guesses(metric, known, counts)
-                for tap, row in by_tap.items():
-                    yield Row(
-                        epoch=self._epoch,
-                        step=online.probes.steps,
-                        split=split,
-                        target=target,
-                        tap=tap,
-                        metric=metric,
-                        value=measure(metric, row),
-                        n=int(row["count"]),
-                        nonfinite=int(row["nonfinite"]),
-                        certificate=certificates.get((target, tap), math.nan),
-                        majority=majority,
-                        chance=chance,
-                        host=of_model.get(metric, math.nan),
-                    )
-
-
-def _host_error(logs: Mapping[str, Any], select: Any) -> float:
-    """The host's own error by its accuracy in Keras's logs; NaN if it was not asked for that.
-
-    Args:
-        logs: The host's logs.
-        select: The target: `None`, or the key of one of several outputs. For others, none is known.
-    """
-    if select is not None and not isinstance(select, str):
-        return math.nan
-    of_output = "" if select is None else f"{select}_"
-    known = (logs[key] for name in _ACCURACIES if (key := of_output + name) in logs)
-    return 1.0 - float(next(known, math.nan))
 
 
 def _log_key(row: Row) -> str:
