@@ -14,7 +14,7 @@ steps whose batch is kept for settling, in all others `sample_memory` is 0; `set
 end of such an epoch takes, in steps of the bare host. `--every 8` has probes take part in every
 eighth step only. `first` and `memory`: a process for each variant and round; the first step, with
 all that is traced and compiled for it, alone and from the call of `fit`, in which the taps are
-found, and the most memory the process had.
+found, and the most memory the process had in an epoch of early steps and one of late ones.
 """
 
 import argparse
@@ -44,15 +44,15 @@ from keras_probes.taps.select import select
 PASSES = 13 + 3 / PACE
 
 
-def resnet50():
+def resnet50(classes=1000):
     return keras.applications.ResNet50(
-        weights=None, input_shape=(96, 96, 3), classes=1000, classifier_activation=None
+        weights=None, input_shape=(96, 96, 3), classes=classes, classifier_activation=None
     )
 
 
-def inception():
+def inception(classes=1000):
     return keras.applications.InceptionV3(
-        weights=None, input_shape=(75, 75, 3), classes=1000, classifier_activation=None
+        weights=None, input_shape=(75, 75, 3), classes=classes, classifier_activation=None
     )
 
 
@@ -104,7 +104,8 @@ class Variant:
     def __init__(self, name, args):
         keras.utils.set_random_seed(0)
         make, layers, batch = HOSTS[args.host]
-        self.host, self.batch = make(), args.batch or batch
+        self.host = make(classes=args.classes) if args.classes else make()
+        self.batch = args.batch or batch
         self.host.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         rows, self.classes = args.steps * self.batch, self.host.output_shape[-1]
         rng = np.random.default_rng(0)
@@ -201,9 +202,11 @@ def imports(args):
 
 
 def child(args):
-    clock = Variant(args.child, args).run()
+    one = Variant(args.child, args)
+    clock = one.run()
     figures = {"first step, s": clock.first, "from the call of fit, s": clock.fit}
     if args.what == "memory":
+        one.run()
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         figures = {"most memory, MiB": most / 1024}
     print(json.dumps(figures))
@@ -250,6 +253,7 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--probes", type=int, help="how many of the host's taps; all by default")
     parser.add_argument("--batch", type=int, help="batch size")
+    parser.add_argument("--classes", type=int, help="instead of 1,000, of ResNet-50 and Inception")
     parser.add_argument("--steps", type=int, default=40, help="steps an epoch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--every", type=int, default=1, help="probes take part in every k-th step")

@@ -45,8 +45,9 @@ def plot_depth(
         split: Which split; by default the last measured of train, validation and test.
         epochs: Which moments, from 0, such as the first and the last; by default the latest alone.
         target: Which target; may be left out if there is only one.
-        label: What to call it in the legend; by default the epoch. Results that are drawn into the
-            same `ax`, one after the other, have colours of their own.
+        label: What to call it in the legend; by default the epoch, if probes trained in epochs.
+            Results that are drawn into the same `ax`, one after the other, have colours of their
+            own.
 
     Returns:
         The Axes.
@@ -63,7 +64,8 @@ def plot_depth(
     alone = APART[len(ax.containers) % len(APART)]
     colors = [alone] if len(frames) == 1 else order_colors(len(frames))
     for frame, color in zip(frames, colors, strict=True):
-        name = f"epoch {frame['epoch'].iloc[-1] + 1}"
+        # Of `fit_probes`, which keeps its probes, there are no epochs.
+        name = "fitted probes" if results.probes else f"epoch {frame['epoch'].iloc[-1] + 1}"
         named = f"{label}, {name}" if label and len(frames) > 1 else label or name
         _draw_moment(ax, frame, layout, color, named)
     last, split = frames[-1], frames[-1]["split"].iloc[-1]

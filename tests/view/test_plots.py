@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from made import results_of
 
-from keras_probes.results import ProbeResults, wilson_interval
+from keras_probes.results import Probe, ProbeResults, wilson_interval
 from keras_probes.view.plots import MOST_LABELS, plot_curves, plot_depth, plot_heatmap
 
 matplotlib.use("Agg")
@@ -70,6 +70,12 @@ def test_two_results_on_one_axis_are_told_apart():
     assert ax.containers[0][0].get_color() != ax.containers[1][0].get_color()
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert sorted(names) == ["after", "before", "the model itself"]
+
+
+def test_probes_of_a_finished_model_have_no_epoch():
+    results = results_of({"input": [0.5], "out": [0.1]})
+    results.probes = {(None, tap): Probe(np.eye(2), np.zeros(2)) for tap in ("input", "out")}
+    assert list(drawn(results.plot())) == ["fitted probes"]
 
 
 def test_curves_over_epochs():
