@@ -225,7 +225,7 @@ def limits(args):
         f"host {flops / 1e9:.2f} GFLOP a step and {moved / 2**20:.0f} MiB, a third of it its "
         f"forward pass, which isolated probes have too; probes "
         f"{6 * one.batch * parameters / 1e9:.2f} GFLOP and {4 * PASSES * parameters / 2**20:.0f} "
-        f"MiB, {memory / 2**20:.0f} MiB held"
+        f"MiB, {memory / 2**20:.0f} MiB held, {4 * parameters / 2**20:.0f} of it gradients"
     )
 
 

@@ -38,7 +38,7 @@ def rows_of_epoch(
         of_host: The host's own logs.
     """
     kind: Kind = "train" if split == "train" else "test"
-    certificates = online.certificates(kind)
+    step, certificates = online.steps, online.certificates(kind)
     for target, by_tap in sums.items():
         probes = online.probes_of(target)
         known, counts = (probes.label_counts(k, target) for k in ("train", kind))
@@ -49,7 +49,7 @@ def rows_of_epoch(
             for tap, row in by_tap.items():
                 yield Row(
                     epoch=epoch,
-                    step=online.steps,
+                    step=step,
                     split=split,
                     target=target,
                     tap=tap,
@@ -76,13 +76,14 @@ def rows_of_batches(
         epoch: Epoch, from 0.
         metrics: Which measures.
     """
+    step = online.steps
     for target, by_tap in sums.items():
         for tap, total in by_tap.items():
             was = before[target][tap] if before else {}
             new = {name: value - was.get(name, 0.0) for name, value in total.items()}
             for metric in metrics:
                 value, n = measure(metric, new), int(new["count"])
-                yield Row(epoch, online.steps, "train", target, tap, metric, value, n)
+                yield Row(epoch, step, "train", target, tap, metric, value, n)
 
 
 def _host_error(logs: Mapping[str, Any], select: Any) -> float:
