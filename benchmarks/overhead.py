@@ -30,7 +30,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from by_hand import ByHand
-from hosts import convnet, mlp
+from hosts import HOSTS
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from keras_probes import GlobalAverage, LinearProbeCallback, RandomFeatures
@@ -44,25 +44,6 @@ from keras_probes.taps.select import select
 PASSES = 13 + 3 / PACE
 
 
-def resnet50(classes=1000):
-    return keras.applications.ResNet50(
-        weights=None, input_shape=(96, 96, 3), classes=classes, classifier_activation=None
-    )
-
-
-def inception(classes=1000):
-    return keras.applications.InceptionV3(
-        weights=None, input_shape=(75, 75, 3), classes=classes, classifier_activation=None
-    )
-
-
-# Host, what to probe, batch size.
-HOSTS = {
-    "convnet": (convnet, "auto", 64),
-    "mlp": (mlp, "hidden*", 64),
-    "resnet50": (resnet50, ["input", "*_add"], 16),
-    "inception": (inception, ["input", "mixed*"], 16),
-}
 VARIANTS = ("bare", "shared", "isolated", "kept", "by hand")
 REDUCTIONS = {"gap": GlobalAverage, "random": lambda: RandomFeatures(seed=0)}
 

@@ -18,8 +18,7 @@ import keras
 import numpy as np
 import pandas as pd
 from by_hand import ByHand
-from hosts import convnet
-from keras import layers
+from hosts import convnet, images, resnet
 
 from keras_probes import (
     GlobalAverage,
@@ -32,28 +31,6 @@ from keras_probes import (
 VALIDATION, TEST, BATCH = 1000, 2000, 64
 
 
-def resnet(shape):
-    """A residual network of nine convolutions with BatchNormalization, and two shortcuts."""
-
-    def conv(h, width, strides, name):
-        h = layers.Conv2D(
-            width, 3, strides=strides, padding="same", use_bias=False, name=f"{name}_conv"
-        )(h)
-        return layers.BatchNormalization(momentum=0.9, name=f"{name}_norm")(h)
-
-    inputs = keras.Input(shape)
-    h = layers.ReLU(name="stem")(conv(inputs, 16, 1, "stem"))
-    for block, (width, strides) in enumerate([(16, 1), (32, 2), (64, 2), (64, 1)], 1):
-        branch = layers.ReLU()(conv(h, width, strides, f"block{block}a"))
-        branch = conv(branch, width, 1, f"block{block}b")
-        if strides > 1:
-            h = layers.Conv2D(width, 1, strides=strides, use_bias=False)(h)
-        h = layers.Add(name=f"block{block}_add")([h, branch])
-        h = layers.ReLU(name=f"block{block}")(h)
-    h = layers.GlobalAveragePooling2D(name="pool")(h)
-    return keras.Model(inputs, layers.Dense(10, name="logits")(h))
-
-
 CUTS = ["conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2"]
 STEM = ["stem_conv", "stem_norm", "stem"]
 BLOCKS = [f"block{block}{end}" for block in range(1, 5) for end in ("_add", "")]
@@ -61,15 +38,6 @@ HOSTS = {
     "mnist": (convnet, 5, ["input", *CUTS]),
     "cifar": (resnet, 10, ["input", *STEM, *BLOCKS, "pool", "logits"]),
 }
-
-
-def images(path, limit):
-    with np.load(path) as file:
-        x = np.concatenate([file[name] for name in ("x_train", "x_test") if name in file])
-        y = np.concatenate([file[name] for name in ("y_train", "y_test") if name in file])
-    kept = np.random.default_rng(0).permutation(len(x))[:limit]
-    x = x[kept].astype("float32") / 255
-    return (x if x.ndim == 4 else x[..., None]), y[kept].ravel().astype("int64")
 
 
 def optimal_errors(host, splits, reduce):

@@ -11,7 +11,6 @@ from keras_probes.store.features import FeatureStore
 from keras_probes.taps.reduce import (
     Flatten,
     GlobalAverage,
-    LearnedProjection,
     RandomFeatures,
     SpatialPool,
     Token,
@@ -25,7 +24,6 @@ __all__ = [
     "FeatureStore",
     "Flatten",
     "GlobalAverage",
-    "LearnedProjection",
     "LinearProbeCallback",
     "ProbeResults",
     "RandomFeatures",

@@ -16,15 +16,16 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from keras_probes.checkpoint import Backups, Checkpoint
 from keras_probes.extract import extract_features
 from keras_probes.fit import fit_probes
-from keras_probes.online import OnlineProbes, Settings, mebibytes
+from keras_probes.online.checkpoint import Backups, Checkpoint
+from keras_probes.online.measured import rows_of, rows_of_batches
+from keras_probes.online.probes import OnlineProbes, Settings, mebibytes
+from keras_probes.online.waiting import waiting
 from keras_probes.probes.measures import METRICS
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
 from keras_probes.results import BASELINES, ProbeResults, Row, name_of_measure, versions
-from keras_probes.rows import rows_of_batches, rows_of_epoch
 from keras_probes.store.features import FeatureStore
 from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
@@ -70,13 +71,15 @@ class LinearProbeCallback(keras.callbacks.Callback):
             (batch, 1), or one-hot, shape (batch, classes).
         num_classes: Number of classes, or a mapping from target names to it. Inferred from one-hot
             labels or from the model's output where it can be.
-        optimizer: Keras optimizer for the probes; a copy is used. Adam by default. It takes a step
-            a batch; with 128 classes or more, small batches are put together.
+        optimizer: Keras optimizer for the probes; a copy is used. By default Adam, with a learning
+            rate of 0.15 on features of length 1.
         metrics: Which of `"error"`, `"loss"` (cross-entropy in nats) and `"top5_error"` to report.
         mode: `"shared"`: probes read the model's own forward pass, at almost no cost, and the
             model trains as without them up to rounding. `"isolated"`: they run a second forward
             pass, at inference, and the model trains bit for bit as without them.
-        every: Probes train on every k-th batch, and cost nothing on the others.
+        every: Probes train on every k-th batch, and cost nothing on the others; with
+            `steps_per_execution`, on those of every k-th execution. `"auto"`: on every batch, but
+            with 128 classes or more on as many as bring 128 examples each.
         baselines: What to measure beside the probes. `"shuffled"`: probes of the same layers on
             random labels, the same for an example whenever it is seen, under the name `shuffled`
             (or `<target>_shuffled`). How much worse they do is the table's `selectivity`; what they
@@ -90,13 +93,13 @@ class LinearProbeCallback(keras.callbacks.Callback):
         backup_dir: Directory in which the probes are kept epoch by epoch while `fit` runs, as
             `keras.callbacks.BackupAndRestore` keeps the model: pass both callbacks, and a run that
             was killed goes on where it was. `None` keeps nothing.
-        seed: Seed of the random feature subsets.
+        seed: Seed of the random feature subsets, and of the examples that probes are refitted on.
+        refit: What the refit at the end of each epoch may cost, as a share of the epoch itself,
+            counted in multiplications. It takes every probe to its optimum on a sample of the
+            epoch's examples, as near as that allows; 0 leaves the probes as they trained.
 
     Attributes:
         memory_limit: Bytes that all probes together may take, 2 GiB unless set otherwise.
-        sample_memory: Bytes for the examples on which the probes are settled at the end of each
-            epoch, with their features; 512 MiB unless set otherwise, and 0 to leave the probes as
-            their optimizer left them.
 
     Raises:
         ValueError: An argument is not one of its choices. What depends on the model or the data
@@ -104,7 +107,6 @@ class LinearProbeCallback(keras.callbacks.Callback):
     """
 
     memory_limit = 2 * 2**30
-    sample_memory = 512 * 2**20
 
     def __init__(
         self,
@@ -116,12 +118,13 @@ class LinearProbeCallback(keras.callbacks.Callback):
         optimizer: keras.optimizers.Optimizer | str | None = None,
         metrics: Sequence[Literal["error", "loss", "top5_error"]] = ("error", "loss"),
         mode: Literal["shared", "isolated"] = "shared",
-        every: int = 1,
+        every: int | Literal["auto"] = "auto",
         baselines: Sequence[Literal["initial", "shuffled"]] = (),
         log_dir: str | os.PathLike | None = None,
         update_freq: int | Literal["epoch"] = "epoch",
         backup_dir: str | os.PathLike | None = None,
         seed: int = 0,
+        refit: float = 0.25,
     ):
         super().__init__()
         if keras.backend.backend() != "tensorflow":
@@ -144,9 +147,14 @@ class LinearProbeCallback(keras.callbacks.Callback):
             _one_of("baselines", baseline, BASELINES)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"Expected `seed` to be an integer. Received: seed={seed!r}.")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if every != "auto" and (type(every) is not int or every < 1):
             raise ValueError(
-                f"Expected `every` to be an integer from 1. Received: every={every!r}."
+                f'Expected `every` to be "auto" or a positive integer. Received: every={every!r}.'
+            )
+        if isinstance(refit, bool) or not isinstance(refit, (int, float)) or not 0 <= refit < 1e6:
+            raise ValueError(
+                "Expected `refit` to be a share of what an epoch costs, such as 0.25, or 0 for no "
+                f"refit. Received: refit={refit!r}."
             )
         if update_freq != "epoch" and (type(update_freq) is not int or update_freq < 1):
             raise ValueError(
@@ -169,6 +177,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             every=every,
             baselines=tuple(baselines),
             seed=seed,
+            refit=float(refit),
         )
         self._online: OnlineProbes | None = None
         self._joint: Joint | None = None
@@ -180,6 +189,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._epoch = 0
         self._backups = Backups(backup_dir) if backup_dir is not None else None
         self._begun = False  # whether the fit has come to its first epoch
+        self._fit_params: dict[str, Any] = {}  # an `evaluate` within it sets `params` anew
         self._loaded: Checkpoint | None = None  # whose state no host has taken yet
 
     # What a user asks for.
@@ -212,7 +222,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         online = self._built()
         _one_of("tap", tap, online.probes.taps)
         _one_of("target", target, [each.name for each in online.targets])
-        return online.probes_of(target).weights(tap, target)
+        return online.weights(tap, target)
 
     def refit(
         self,
@@ -365,6 +375,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             if self._writer is not None:
                 weakref.finalize(fit, self._writer.close)  # where an exception ends it
         self._begun = False
+        self._fit_params = {"steps": None, "verbose": 0, **self.params}
         self._join("train", online)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -373,8 +384,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self._go_on(self._backups.read(epoch))
         self._begun = True
         if self._online is not None:
-            self._online.begin_epoch(self.params.get("steps"))
-            self._logged = (self._online.steps, {})
+            self._online.begin_epoch(epoch, self._fit_params["steps"])
+            self._logged = (0, {})
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         if self._joint is not None and self._online is not None:
@@ -382,7 +393,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         if self._writer is not None and self.update_freq != "epoch":
-            self._write_batches(self._writer, self.update_freq)
+            self._write_batches(self._writer, batch + 1, self.update_freq)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if self._writer is not None:
@@ -391,7 +402,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:
         self._leave("test", "train")
         self._fit = lambda: None
-        if self.params.get("verbose") and self.results.rows:
+        if self._fit_params["verbose"] and self.results.rows:
             print(as_bars(self.results))
         if self._backups is not None:
             self._backups.remove()
@@ -425,12 +436,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def _adopt(self, model: keras.Model) -> OnlineProbes:
         """Returns the probes of `model`; those of another host are dropped."""
         if self._online is None or self._online.host is not model:
-            self._online = OnlineProbes(model, self._settings, self._report)
+            self._online = OnlineProbes(model, self._settings, self.memory_limit)
             if self._loaded is not None:
                 self._online.restore(self._loaded.arrays)
                 self._loaded = None
-        self._online.memory_limit = self.memory_limit
-        self._online.sample_memory = self.sample_memory
         return self._online
 
     def _checkpoint(self) -> Checkpoint:
@@ -452,6 +461,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             "every": asked.every,
             "baselines": asked.baselines,
             "seed": asked.seed,
+            "refit": asked.refit,
         }
         for name in ("reduce", "optimizer"):
             settings[name] = keras.saving.serialize_keras_object(settings[name])
@@ -488,40 +498,43 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def _join(self, kind: Kind, online: OnlineProbes) -> None:
         own = self._joint if self._joint and self._joint.host is online.host else None
         self._joint = Joint.at(online.host) or own or Joint(online.host)
-        self._joint.attach(kind, online, next(iter(calling_lists()), None))
+        self._joint.attach(kind, online, self._end_pass, next(iter(calling_lists()), None))
 
     def _leave(self, *kinds: Kind) -> None:
         if self._joint is not None and self._online is not None:
             for kind in kinds:
                 self._joint.detach(kind, self._online)
 
-    def _report(self, kind: Kind, sums: Sums, of_host: Mapping[str, Any]) -> dict[str, float]:
-        """Takes an epoch's or evaluation's sums into the results; its logs."""
+    def _end_pass(self, kind: Kind, of_host: Mapping[str, Any]) -> dict[str, float]:
+        """Takes what an epoch or an evaluation measured into the results; its logs."""
         assert self._online is not None
+        with waiting(self._fit_params.get("verbose", 0)) as progress:
+            measured = self._online.end_pass(kind, progress)
         if not self.results.taps:
             self.results.taps, self.results.graph = self._online.tap_infos(), self._online.nodes()
             self.results.settings = {"model": self.model.name, **self._settings.described()}
             self.results.versions = versions()
         split = "train" if kind == "train" else self._test_split
         asked = named_targets(self._settings.target)
-        rows = list(
-            rows_of_epoch(self._online, sums, self._epoch, split, self.metrics, asked, of_host)
-        )
+        rows = list(rows_of(measured, self._epoch, split, self.metrics, asked, of_host))
         self.results.add(rows)
+        if measured.refit is not None:
+            self.results.refits.append(measured.refit)
         # Before Keras backs up the host: where its backup is there, ours is.
         if self._backups is not None and split in ("train", "validation"):
             self._backups.write(self._epoch + 1, self._checkpoint())
         return {_log_key(row): row.value for row in rows if row.metric in self.metrics}
 
-    def _write_batches(self, writer: TensorBoardWriter, every: int) -> None:
+    def _write_batches(self, writer: TensorBoardWriter, batches: int, every: int) -> None:
         """Writes what was measured since the last time, once that is `every` batches."""
-        online, (steps, before) = self._built(), self._logged
-        if online.steps - steps < every:
+        last, before = self._logged
+        if batches - last < every:
             return
+        online = self._built()
         sums = online.sums("train")
-        rows = list(rows_of_batches(online, sums, before, self._epoch, self.metrics))
-        if any(row.n for row in rows):  # else the batches wait for others
-            self._logged = (online.steps, sums)
+        rows = list(rows_of_batches(online.steps, sums, before, self._epoch, self.metrics))
+        if any(row.n for row in rows):
+            self._logged = (batches, sums)
             writer.write_batches(ProbeResults(online.tap_infos(), rows))
 
 

@@ -86,7 +86,6 @@ def extract_features(
     batches = batches_of(data, batch_size)
     x_spec, y_spec, weight_spec = keras.utils.unpack_x_y_sample_weight(batches.spec)
     plan = make_plan(model, x_spec, layers, reduce, seed)
-    _refuse_learned(plan)
     targets = resolve_targets(target, num_classes, x_spec, y_spec, plan.graph.outputs)
     iterator = iter(batches.dataset)
     first = next(iterator, None)
@@ -234,17 +233,6 @@ def _progress(rows: int | None, verbose: bool) -> Any:
     from tqdm import tqdm  # comes with the extra that zarr comes with
 
     return tqdm(total=rows, unit=" images", desc="extracting features", disable=not verbose)
-
-
-def _refuse_learned(plan: TapPlan) -> None:
-    learned = [reduced.tap.name for reduced in plan.taps if reduced.rank is not None]
-    if learned:
-        raise ValueError(
-            "LearnedProjection is learned with the head of a LinearProbeCallback; there is nothing "
-            "to store. Received: a LearnedProjection for "
-            f'{", ".join(map(repr, learned))}. Use "flatten", for which fit_probes finds the best '
-            "probe on all features, or RandomFeatures."
-        )
 
 
 def _length(batch: Any) -> int:

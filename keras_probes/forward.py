@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_probes.probes.targets import Target
 from keras_probes.store.features import ArrayName
+from keras_probes.taps.batches import any_batch_size
 from keras_probes.taps.plan import TapPlan
 
 
@@ -21,7 +22,8 @@ class ForwardPass:
     Args:
         plan: The taps.
         targets: The targets.
-        spec: Structure of `tf.TensorSpec` of the batches, (x, y) or (x, y, sample_weight).
+        spec: Structure of `tf.TensorSpec` of the batches, (x, y) or (x, y, sample_weight); they may
+            be of any size.
         dtype: Of the features.
 
     Attributes:
@@ -33,7 +35,7 @@ class ForwardPass:
         self._plan, self._targets, self._dtype = plan, list(targets), dtype
         self._run = self._forward
         if not plan.host.run_eagerly:
-            self._run = tf.function(self._forward, input_signature=[spec], autograph=False)
+            self._run = tf.function(self._forward, input_signature=[any_batch_size(spec)], autograph=False)
 
     def __call__(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
         """Returns all parts of a batch.

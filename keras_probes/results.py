@@ -137,6 +137,23 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Refit:
+    """How probes that train online were refitted at the end of an epoch.
+
+    Attributes:
+        epoch: Epoch, from 0.
+        examples: Number of examples of the epoch that they were refitted on.
+        seconds: How long it took.
+        left_out: By tap, why its probes stayed as they had trained.
+    """
+
+    epoch: int
+    examples: int
+    seconds: float
+    left_out: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Probe:
     """A softmax-linear classifier on the raw, reduced features h of a tap: softmax(h @ W + b).
 
@@ -201,6 +218,7 @@ class ProbeResults:
         graph: The layers of the host and the taps, in graph order.
         settings: What was asked for, by name, as text, numbers and truth values.
         versions: Of the libraries that measured it.
+        refits: How probes that train online were refitted, epoch by epoch.
     """
 
     def __init__(
@@ -213,6 +231,7 @@ class ProbeResults:
         graph: Iterable[Node] = (),
         settings: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
+        refits: Iterable[Refit] = (),
     ):
         self.taps = list(taps)
         self.rows = list(rows)
@@ -221,6 +240,7 @@ class ProbeResults:
         self.graph = list(graph)
         self.settings = dict(settings or {})
         self.versions = dict(versions or {})
+        self.refits = list(refits)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Takes further measures into the record."""

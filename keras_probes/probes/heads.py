@@ -12,12 +12,9 @@ running statistics is what lets one learning rate serve every tap, and dividing 
 gives z the same length at any width. W and b start at zero, since the problem is convex, and
 predictions are made with their average over the last steps, which smooths out the noise of small
 batches. Taps of equal width are stacked and share one product.
-
-Where a projection is to be learned with the head (section 3.4, second suggestion), W is the product
-P V of two matrices, (n_features, rank) and (rank, num_classes).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -37,19 +34,10 @@ HORIZON = 500.0
 # Of variables that are the same in each replica: a replica writes what all of them found.
 SAME: dict[str, Any] = {"trainable": False, "aggregation": "only_first_replica"}
 
-# Of the learned projections' optimizer steps: Adam moves every entry by the learning rate, which in
-# these units is a hundredth of what entries are at the start.
-_PROJECTION_UNIT = 0.1
-
 
 def averaging_rate(updates: tf.Tensor) -> tf.Tensor:
     """Weight of the newest value in an average, after `updates` values with it."""
     return tf.maximum((DECAY + 1.0) / (updates + DECAY), 1.0 / HORIZON)
-
-
-def compounded(rate: tf.Tensor, times: tf.Tensor | float) -> tf.Tensor:
-    """Weight of a value in an average that it enters several times, at this rate each."""
-    return 1.0 - (1.0 - rate) ** times
 
 
 @keras.saving.register_keras_serializable(package="keras_probes")
@@ -91,15 +79,12 @@ class Standardize(keras.layers.Layer):
         mean, variance, reach = map(tf.convert_to_tensor, (self.mean, self.variance, self.reach))
         return inverse_spread(mean, variance, reach, rounding=1e-6) * self._unit
 
-    def update(
-        self, x: Sequence[tf.Tensor], finite: tf.Tensor, times: tf.Tensor | float = 1.0
-    ) -> None:
+    def update(self, x: Sequence[tf.Tensor], finite: tf.Tensor) -> None:
         """Takes examples into the statistics.
 
         Args:
             x: By group, float32, shape (n_taps, n, n_features); 0 for examples that do not count.
             finite: Of all taps, float32, shape (sum of n_taps, n): 1 for the examples that count.
-            times: How many batches they stand for.
         """
         count = sum_over_replicas(tf.reduce_sum(finite, axis=1))
         count = tf.gather(count, self._tap_of)
@@ -119,29 +104,32 @@ class Standardize(keras.layers.Layer):
         farthest = tf.maximum(_flat(tf.reduce_max, squares), 0.0)  # -inf of no examples
         reach = tf.sqrt(max_over_replicas(farthest))
 
-        self.updates.assign_add(some * times)
-        rate = averaging_rate(tf.maximum(tf.convert_to_tensor(self.updates), 1.0))
-        rate = some * compounded(rate, times)
+        self.updates.assign_add(some)
+        rate = some * averaging_rate(tf.maximum(tf.convert_to_tensor(self.updates), 1.0))
         # The variance of a mixture of what was seen before and the batch, about the new mean.
         self.variance.assign_add(rate * (square - self.variance) - tf.square(rate * shift))
         self.mean.assign(so_far + rate * shift)
-        faded = (1.0 - some * times / HORIZON) * self.reach  # of a host that has moved on
+        faded = (1.0 - some / HORIZON) * self.reach  # of a host that has moved on
         self.reach.assign(tf.maximum(reach, faded))
 
-    def restart(self, group: int, place: int, x: tf.Tensor) -> tf.Tensor:
-        """Takes the statistics of one tap from examples at hand alone; returns their z.
+    def restart(self, group: int, place: int, x: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
+        """Takes the statistics of one tap from a sample alone; returns its z.
 
         Args:
             group: Of the tap.
             place: Of the tap in its group.
-            x: float32, shape (n, n_features), all finite.
+            x: float32, shape (n, n_features); 0 for examples that do not count.
+            finite: float32, shape (n, 1): 1 for the examples that count, one at least.
         """
-        mean, variance = tf.nn.moments(x, axes=0)
-        reach = tf.reduce_max(tf.abs(x - mean), axis=0)
+        count = tf.reduce_sum(finite)
+        mean = tf.reduce_sum(x, axis=0) / count
+        away = (x - mean) * finite
+        variance = tf.reduce_sum(tf.square(away), axis=0) / count
+        reach = tf.reduce_max(tf.abs(away), axis=0)
         span = self._span(group, place)
         for variable, value in ((self.mean, mean), (self.variance, variance), (self.reach, reach)):
             _put(variable, [(span, value)])
-        return (x - mean) * self.scale()[span]
+        return away * self.scale()[span]
 
     def of_tap(self, group: int, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and scale of one tap's features, float32, shape (n_features,)."""
@@ -188,6 +176,8 @@ class SoftmaxHeads(keras.layers.Layer):
         self.bias = self.add_weight(bias, "zeros", name="bias")
         self.mean_kernel = self.add_weight(kernel, "zeros", name="mean_kernel", **SAME)
         self.mean_bias = self.add_weight(bias, "zeros", name="mean_bias", **SAME)
+        # The l2 penalties that refits chose; 0 before the first.
+        self.l2 = self.add_weight((n_taps, 1, 1), "zeros", name="l2", **SAME)
         self.built = True
 
     @property
@@ -218,7 +208,7 @@ class SoftmaxHeads(keras.layers.Layer):
         Args:
             inputs: float32, shape (n_taps, batch, n_features).
             residual: Gradient of the loss in the logits, as `residual_of` gives it.
-            penalty: Shape () or (n_taps, 1, 1); neither bias nor projection has one.
+            penalty: Shape () or (n_taps, 1, 1); the bias has none.
 
         Returns:
             Gradients in the order of `averaged`.
@@ -227,17 +217,19 @@ class SoftmaxHeads(keras.layers.Layer):
         by_bias = sum_over_replicas(tf.reduce_sum(residual, axis=1, keepdims=True))
         return [by_kernel + penalty * self.kernel, by_bias]
 
-    def projected(self, place: int, z: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
-        """What the kernel of one tap is applied to, of z, float32, shape (n, n_features)."""
-        return z
+    def restart(self, places: Sequence[int], weights: np.ndarray, l2: np.ndarray) -> None:
+        """Goes on from refitted probes.
 
-    def restart(self, kernels: Mapping[int, np.ndarray], biases: Mapping[int, np.ndarray]) -> None:
-        """Goes on from these kernels and biases, by tap, and the averages of anything else."""
-        _put(self.mean_kernel, kernels.items())
-        _put(self.mean_bias, biases.items())
-        for variable, mean in self.averaged:
-            held = mean.numpy()
-            _put(variable, [(place, held[place]) for place in kernels])
+        Args:
+            places: Of their taps.
+            weights: W over b, shape (len(places), n_features + 1, num_classes).
+            l2: Their penalties, shape (len(places),).
+        """
+        for variable in (self.kernel, self.mean_kernel):
+            _put(variable, zip(places, weights[:, :-1], strict=True))
+        for variable in (self.bias, self.mean_bias):
+            _put(variable, zip(places, weights[:, -1:], strict=True))
+        _put(self.l2, zip(places, l2[:, None, None], strict=True))
 
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
@@ -253,67 +245,6 @@ class SoftmaxHeads(keras.layers.Layer):
     def get_config(self):
         config = {"n_taps": self.n_taps, "n_features": self.n_features}
         return {**super().get_config(), **config, "num_classes": self.num_classes}
-
-
-@keras.saving.register_keras_serializable(package="keras_probes")
-class ProjectedHeads(SoftmaxHeads):
-    """Heads whose W is a product P V: a projection to `rank` features, learned with the head.
-
-    Logits are (z P) V + b. V starts at zero as W does; P starts at random, since the gradient of
-    either is zero where the other is.
-
-    Args:
-        seed: Seed of P.
-
-    Input, output: As `SoftmaxHeads`.
-    """
-
-    def __init__(
-        self, n_taps: int, n_features: int, num_classes: int, rank: int, seed: int, **kwargs: Any
-    ):
-        super().__init__(n_taps, rank, num_classes, **kwargs)
-        self.n_features, self.rank, self.seed = n_features, rank, seed
-        shape = (n_taps, n_features, rank)
-
-        def initial(shape: Any, dtype: Any) -> Any:
-            drawn = np.random.default_rng(seed).normal(size=shape) / _PROJECTION_UNIT
-            return ops.convert_to_tensor(drawn, dtype)
-
-        self.projection = self.add_weight(shape, initial, name="projection")
-        self.mean_projection = self.add_weight(shape, initial, name="mean_projection", **SAME)
-
-    @property
-    def averaged(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        return [*super().averaged, (self.projection, self.mean_projection)]
-
-    def logits(self, inputs: tf.Tensor) -> tf.Tensor:
-        return super().logits(tf.matmul(inputs, self._scaled(self.projection)))
-
-    def mean_logits(self, inputs: tf.Tensor) -> tf.Tensor:
-        return super().mean_logits(tf.matmul(inputs, self._scaled(self.mean_projection)))
-
-    def projected(self, place: int, z: tf.Tensor) -> tf.Tensor:
-        return tf.matmul(z, self._scaled(tf.convert_to_tensor(self.mean_projection)[place]))
-
-    def mean_weights(self) -> tuple[tf.Tensor, tf.Tensor]:
-        kernel, bias = super().mean_weights()
-        return ops.matmul(self._scaled(self.mean_projection), kernel), bias
-
-    def gradients(
-        self, inputs: tf.Tensor, residual: tf.Tensor, penalty: tf.Tensor | float
-    ) -> list[tf.Tensor]:
-        projected = tf.matmul(inputs, self._scaled(self.projection))
-        by_projected = tf.matmul(residual, self.kernel, transpose_b=True)
-        by_projection = sum_over_replicas(tf.matmul(inputs, by_projected, transpose_a=True))
-        by_projection = self._scaled(by_projection)
-        return [*super().gradients(projected, residual, penalty), by_projection]
-
-    def get_config(self):
-        return {**super().get_config(), "rank": self.rank, "seed": self.seed}
-
-    def _scaled(self, projection: tf.Tensor) -> tf.Tensor:
-        """P: its rows take a z of length 1 to a vector of about that length."""
-        return projection * (_PROJECTION_UNIT / float(np.sqrt(self.rank)))
 
 
 def _flat(reduce: Callable[..., tf.Tensor], of_groups: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -8,71 +8,36 @@ comes of these is the same in each.
 """
 
 import dataclasses
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.probes.backlog import Backlog
-from keras_probes.probes.heads import (
-    SAME,
-    ProjectedHeads,
-    SoftmaxHeads,
-    Standardize,
-    averaging_rate,
-    compounded,
-    residual_of,
-)
+from keras_probes.probes.heads import SAME, SoftmaxHeads, Standardize, averaging_rate, residual_of
 from keras_probes.probes.measures import SUMS, batch_sums
+from keras_probes.probes.refit import pass_cost, refit, sketch_cost
 from keras_probes.probes.replicas import sum_over_replicas
-from keras_probes.probes.settle import ENOUGH, Settled, enough, most_examples, settle
 
-# The l2 penalty of a probe while it trains: PRIOR * share^2 / n, for n examples to train on and the
-# share that it leaves of the log(num_classes) nats of a guess. Few examples of many features would
-# be learned by heart, noisy ones most of all.
-PRIOR = 1.5
-
-# The first FEW steps spare nothing: much is still to be learned. After that,
-#
-# - one step in PACE takes upon itself, for all, what goes into statistics and averages: that moves
-#   as much memory as all else, and these are of many steps by then;
-# - where there are ROWS classes or more, a step has at least ROWS examples: batches wait for
-#   others. A step moves the weights of all classes however few its examples are, which with many
-#   classes and small batches is most of what it costs.
-FEW, PACE, ROWS = 128, 8, 128
+# Numbers that the features of taps refitted side by side may have in all: beyond, a pass is worth
+# its calls, and probes that are done would be carried along.
+STACK_SIZE = 2**22
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
 Sums = Mapping[str | None, Mapping[str, Mapping[str, float]]]  # by target, tap, name in SUMS
 
 
-@dataclasses.dataclass(frozen=True)
-class Width:
-    """How wide the probe of a tap is.
-
-    Attributes:
-        n_features: Number of features.
-        rank: Width of the projection that is learned with the head, if any.
-    """
-
-    n_features: int
-    rank: int | None = None
+def parameters_of(n_features: int, num_classes: int) -> int:
+    """Number of trainable parameters of one probe: W and b."""
+    return (n_features + 1) * num_classes
 
 
-def parameters_of(width: Width, num_classes: int) -> int:
-    """Number of trainable parameters of one probe: W, or its two factors, and b."""
-    if width.rank is None:
-        return (width.n_features + 1) * num_classes
-    return width.n_features * width.rank + (width.rank + 1) * num_classes
-
-
-def memory_of(width: Width, num_classes: int) -> int:
+def memory_of(n_features: int, num_classes: int) -> int:
     """Bytes one probe takes: parameters, average, gradient, two optimizer slots, statistics."""
-    return 4 * (5 * parameters_of(width, num_classes) + 4 * width.n_features)
+    return 4 * (5 * parameters_of(n_features, num_classes) + 4 * n_features)
 
 
 @dataclasses.dataclass
@@ -88,32 +53,28 @@ class ProbeSet:
     """All probes of a host: their weights, optimizer and sums.
 
     Args:
-        widths: How wide the probe of each tap is, in graph order.
+        n_features: Number of features of each tap, in graph order.
         num_classes: Number of classes of each target; the key is its name, `None` if it has none.
         optimizer: Keras optimizer for the probes, used by nobody else.
-        seed: Seed of projections that are learned.
     """
 
     def __init__(
         self,
-        widths: Mapping[str, Width],
+        n_features: Mapping[str, int],
         num_classes: Mapping[str | None, int],
         optimizer: keras.optimizers.Optimizer,
-        seed: int = 0,
     ):
-        self.taps = list(widths)
+        self.taps = list(n_features)
         self.targets = list(num_classes)
         self.optimizer = optimizer
-        by_width: dict[Width, list[str]] = defaultdict(list)
-        for tap, width in widths.items():
+        by_width: dict[int, list[str]] = defaultdict(list)
+        for tap, width in n_features.items():
             by_width[width].append(tap)
-        self._groups = [_group(taps, width, num_classes, seed) for width, taps in by_width.items()]
+        self._groups = [_group(taps, width, num_classes) for width, taps in by_width.items()]
         shapes = [(len(group.taps), group.n_features) for group in self._groups]
         self._standardize = Standardize(shapes, name="standardize")
-        # Batches, and steps that were taken on them.
+        # Steps that were taken, and examples they were taken on.
         self._steps = keras.Variable(0.0, dtype="float32", name="probe_steps", **SAME)
-        self._updates = keras.Variable(0.0, dtype="float32", name="probe_updates", **SAME)
-        # Of the longest epoch so far.
         self._examples = keras.Variable(0.0, dtype="float32", name="examples", **SAME)
         # float64 holds counts exactly and loses nothing over a long epoch.
         shape = (len(self.targets) * len(self.taps), len(SUMS))
@@ -121,6 +82,11 @@ class ProbeSet:
             kind: keras.Variable(np.zeros(shape), dtype="float64", name=kind, **SAME)
             for kind in ("train", "test")
         }
+        # How far probes were from their optimum at the last refit, and are, and when that was.
+        self._certificates = keras.Variable(
+            np.full((shape[0], 2), np.nan), dtype="float64", name="certificates", **SAME
+        )
+        self._refit_at = keras.Variable(-1.0, dtype="float32", name="refit_at", **SAME)
         # How often each class is among the labels.
         self._labels = {
             (kind, target): keras.Variable(
@@ -129,58 +95,31 @@ class ProbeSet:
             for kind in ("train", "test")
             for place, (target, classes) in enumerate(num_classes.items())
         }
-        # Running loss before the update, in the same order.
-        self._loss = keras.Variable(np.zeros(shape[0]), dtype="float32", name="loss", **SAME)
         self.optimizer.build(self._trainable())
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             # What it gets are sums over the replicas already.
             self.optimizer._all_reduce_sum_gradients = lambda pairs: pairs
-        # Replicas, be it one, can't agree on a variable within a condition.
-        self._pace = 1 if tf.distribute.has_strategy() else PACE
-        self._backlog: Backlog | None = None
-        # A strategy can't hold a variable whose shape changes.
-        if max(num_classes.values()) >= ROWS and not tf.distribute.has_strategy():
-            self._backlog = Backlog(self._batch_specs())
 
-    def train(
-        self, features: Features, labels: Labels, weights: Labels, *, gather: bool = True
-    ) -> None:
-        """Measures a batch, then takes one step on it; small ones may wait for others, see `ROWS`.
+    def train(self, features: Features, labels: Labels, weights: Labels) -> None:
+        """Measures a batch, then takes one step on it.
 
         The step descends, for every tap and target, on mean_i(weight_i * cross-entropy_i) plus
-        `penalty / 2 * |W|^2`; see `PRIOR`.
+        `l2 / 2 * |W|^2`: the penalty that the last refit chose, and one example's share before it.
 
         Args:
             features: By tap, float32, shape (batch, n_features).
             labels: By target, int32, shape (batch,); an example with -1 is left out.
             weights: By target, float32, shape (batch,).
-            gather: Whether batches may wait. XLA can't compile that.
         """
         self._steps.assign_add(1.0)
-        batch = self._stacked(features)
-        batch += [of[target] for of in (labels, weights) for target in self.targets]
-        if self._backlog is None or not gather:
-            self._learn(batch)
-        else:
-            least = tf.where(self._update() < FEW, 0, ROWS)
-            self._backlog.pass_on(batch, least, self._learn)
-
-    def catch_up(self) -> None:
-        """Takes the step that batches are waiting for, if any do."""
-        if self._backlog is not None:
-            self._backlog.empty(self._learn)
-
-    def _learn(self, batch: Sequence[tf.Tensor]) -> None:
-        """A step on features by group, then labels and weights by target, in one list."""
-        rest = iter(batch)
-        x, finite = self._finite(list(itertools.islice(rest, len(self._groups))))
-        labels, weights = ({target: next(rest) for target in self.targets} for _ in range(2))
-        pace = self._paced()
-        self._if_due(pace, lambda: self._standardize.update(x, finite, pace))
+        x, finite = self._finite(self._stacked(features))
+        self._standardize.update(x, finite)
         z = self._standardize.standardized(x)
-        sums = self._add_up("train", z, finite, labels, weights)
+        self._add_up("train", z, finite, labels, weights)
+        batch = tf.cast(tf.shape(finite)[1], tf.float32)
+        self._examples.assign_add(sum_over_replicas(batch))
 
-        penalties, gradients = iter(self._penalties(sums)), []
+        gradients = []
         for target in self.targets:
             heads = [group.heads[target] for group in self._groups]
             logits = [head.logits(of_group) for head, of_group in zip(heads, z, strict=True)]
@@ -188,94 +127,89 @@ class ProbeSet:
             residual = residual_of(tf.concat(logits, axis=0), labels[target], weight)
             parts = tf.split(residual, [len(group.taps) for group in self._groups])
             for head, of_group, part in zip(heads, z, parts, strict=True):
-                gradients += head.gradients(of_group, part, next(penalties))
+                gradients += head.gradients(of_group, part, self._penalty(head))
         self.optimizer.apply(gradients, self._trainable())
-        self._if_due(pace, lambda: self._average(pace))
-        self._updates.assign_add(1.0)
-
-    def _paced(self) -> tf.Tensor:
-        """For how many steps this one takes statistics and averages, see `PACE`; float32."""
-        step = self._update()
-        turn = tf.where(step % self._pace == 0, float(self._pace), 0.0)
-        return tf.where(step < FEW, 1.0, turn)
-
-    def _if_due(self, pace: tf.Tensor, due: Callable[[], None]) -> None:
-        def take() -> tf.Tensor:
-            due()
-            return pace
-
-        if self._pace > 1:
-            tf.cond(pace > 0, take, lambda: pace)
-        else:
-            due()
-
-    def _average(self, pace: tf.Tensor) -> None:
-        rate = compounded(averaging_rate(self._update()), pace)
+        rate = averaging_rate(tf.convert_to_tensor(self._steps))
         for head in self._heads():
             head.average(rate)
+
+    def _penalty(self, heads: SoftmaxHeads) -> tf.Tensor:
+        """The l2 penalties of a step, shape (n_taps, 1, 1)."""
+        chosen = tf.convert_to_tensor(heads.l2)
+        return tf.where(chosen > 0, chosen, 1.0 / tf.convert_to_tensor(self._examples))
 
     def test(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch; arguments as for `train`."""
         x, finite = self._finite(self._stacked(features))
         self._add_up("test", self._standardize.standardized(x), finite, labels, weights)
 
-    def most_examples(self) -> int:
-        """How many examples are of use to `settle`."""
-        kernels = [heads.kernel.shape[1:] for heads in self._heads()]
-        return max(most_examples(*shape) for shape in kernels)
+    def sizes(self) -> list[tuple[int, int]]:
+        """Number of features and of classes of each probe."""
+        return [
+            (heads.n_features, heads.num_classes) for heads in self._heads() for _ in range(heads.n_taps)
+        ]
 
-    def settle(
-        self, features: Mapping[str, tf.Tensor], labels: Labels, weights: Labels
-    ) -> dict[tuple[str | None, str], Settled]:
-        """Takes every probe to its optimum on examples at hand, and goes on from there.
+    def refit_cost(self) -> tuple[int, int]:
+        """What a refit costs for one example, in multiplications: once, and with each pass."""
+        once = sum(sketch_cost(n_features) for n_features, _ in self.sizes())
+        return once, sum(pass_cost(*size) for size in self.sizes())
+
+    def refit(
+        self,
+        features: Features,
+        labels: Labels,
+        weights: Labels,
+        *,
+        kept: float,
+        passes: int,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Takes every probe to its optimum on a sample, as far as the passes allow.
+
+        One is left as it was, with no certificate, where the sample has no two examples with a
+        label and finite features.
 
         Args:
-            features: By tap, float32, shape (n, n_features), of a host that stands still.
+            features: By tap, float32, shape (n, n_features), of a host that stands still; the
+                examples in random order.
             labels: By target, int32, shape (n,).
             weights: By target, float32, shape (n,).
-
-        Returns:
-            By target and tap, what became of the probe. Those with too many features or classes
-            for so few examples are not there: they stay as they were.
+            kept: Share of the epoch's examples that are in the sample.
+            passes: About how many passes over the sample to take for each probe.
+            progress: Takes what is going on, in words.
         """
-        found: dict[tuple[str | None, str], Settled] = {}
+        found: dict[tuple[str | None, str], tuple[float, float]] = {}
+        total = len(self.targets) * len(self.taps)
         for at, group in enumerate(self._groups):
-            after: dict[str | None, dict[int, Settled]] = {target: {} for target in group.heads}
-            before = {target: heads.mean_kernel.numpy() for target, heads in group.heads.items()}
-            for place, tap in enumerate(group.taps):
-                finite = tf.reduce_all(tf.math.is_finite(features[tap]), axis=1)
-                x = tf.boolean_mask(features[tap], finite)
-                settling = {
-                    target: heads
-                    for target, heads in group.heads.items()
-                    if enough(len(x), *heads.kernel.shape[1:])
-                }
-                if not settling or len(x) < ENOUGH * x.shape[1]:
-                    continue
-                z = self._standardize.restart(at, place, x)
-                for target, heads in settling.items():
-                    settled = settle(
-                        heads.projected(place, z),
-                        tf.boolean_mask(labels[target], finite).numpy(),
-                        tf.boolean_mask(weights[target], finite).numpy(),
-                        before[target][place],
-                        heads.mean_bias.numpy()[place, 0],
-                        of=float(self._examples.numpy()),
-                    )
-                    if settled is not None:
-                        after[target][place] = found[target, tap] = settled
-            for target, by_place in after.items():
-                group.heads[target].restart(
-                    {place: settled.kernel for place, settled in by_place.items()},
-                    {place: settled.bias for place, settled in by_place.items()},
-                )
-        return found
+            of_one = len(features[group.taps[0]]) * group.n_features
+            side_by_side = max(1, STACK_SIZE // of_one)
+            for first in range(0, len(group.taps), side_by_side):
+                places = range(first, min(first + side_by_side, len(group.taps)))
+                taps = [group.taps[place] for place in places]
+                z, finite = self._sampled(at, places, [features[tap] for tap in taps])
+                for target, heads in group.heads.items():
+                    counts = finite * weights[target] * tf.cast(labels[target] >= 0, tf.float32)
+                    progress(f"{len(found)} of {total}")
+                    done = _refit(heads, places, z, labels[target], counts, kept, passes)
+                    found.update({(target, taps[i]): certificates for i, certificates in done})
+        nothing = (np.nan, np.nan)
+        self._certificates.assign([found.get(key, nothing) for key in self._keys()])
+        self._refit_at.assign(self._steps)
 
-    def _batch_specs(self) -> list[tf.TensorSpec]:
-        """Of what `_learn` takes."""
-        shapes = [(len(group.taps), None, group.n_features) for group in self._groups]
-        per_example = [tf.TensorSpec([None], t) for t in ("int32", "float32") for _ in self.targets]
-        return [*map(tf.TensorSpec, shapes), *per_example]
+    def _sampled(
+        self, group: int, places: Sequence[int], features: Sequence[tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """z of some taps of a group, and which examples count, with statistics of the sample."""
+        zs, finites = [], []
+        for place, of_tap in zip(places, features, strict=True):
+            finite = tf.reduce_all(tf.math.is_finite(of_tap), axis=1, keepdims=True)
+            x = tf.where(finite, of_tap, 0.0)
+            finite = tf.cast(finite, tf.float32)
+            if tf.reduce_any(finite > 0):
+                x = self._standardize.restart(group, place, x, finite)
+            zs.append(x)
+            finites.append(finite[:, 0])
+        return tf.stack(zs), tf.stack(finites)
 
     def _stacked(self, features: Features) -> list[tf.Tensor]:
         """Features by group: float32, shape (n_taps, batch, n_features)."""
@@ -302,28 +236,6 @@ class ProbeSet:
         kept = tf.cond(tf.reduce_all(finite), lambda: list(x), without)
         return kept, tf.cast(finite, tf.float32)
 
-    def _penalties(self, sums: tf.Tensor) -> list[tf.Tensor]:
-        """The l2 penalty of each of `_heads`, shape (n_taps, 1, 1).
-
-        Args:
-            sums: Of this batch, over all replicas, as `_add_up` returns them.
-        """
-        weight, loss = (sums[:, SUMS.index(name)] for name in ("weight", "weighted_loss"))
-        now = tf.cast(tf.math.divide_no_nan(loss, weight), tf.float32)
-        rate = averaging_rate(self._update()) * tf.cast(weight > 0, tf.float32)
-        self._loss.assign_add(rate * (now - self._loss))
-
-        of_epoch = tf.convert_to_tensor(self._sums["train"])[0]
-        seen = sum(of_epoch[SUMS.index(name)] for name in ("count", "nonfinite", "unlabelled"))
-        n = tf.maximum(tf.cast(seen, tf.float32), tf.convert_to_tensor(self._examples))
-        self._examples.assign(n)
-
-        heads = self._heads()
-        guess = [np.log(max(2, head.num_classes)) for head in heads for _ in range(head.n_taps)]
-        share = tf.convert_to_tensor(self._loss) / np.array(guess, "float32")
-        penalties = PRIOR / n * tf.square(share)
-        return tf.split(penalties[:, None, None], [head.n_taps for head in heads])
-
     def _add_up(
         self,
         kind: Literal["train", "test"],
@@ -331,8 +243,8 @@ class ProbeSet:
         finite: tf.Tensor,
         labels: Labels,
         weights: Labels,
-    ) -> tf.Tensor:
-        """Takes a batch into the sums; returns what it adds, over all replicas."""
+    ) -> None:
+        """Takes a batch into the sums."""
         rows = []
         for target in self.targets:
             pairs = zip(self._groups, z, strict=True)
@@ -343,14 +255,10 @@ class ProbeSet:
             counted = self._labels[kind, target]
             of_class = tf.one_hot(labels[target], counted.shape[0], dtype=tf.float64)
             counted.assign_add(sum_over_replicas(tf.reduce_sum(of_class, axis=0)))
-        sums = sum_over_replicas(tf.concat(rows, axis=0))
-        self._sums[kind].assign_add(sums)
-        return sums
+        self._sums[kind].assign_add(sum_over_replicas(tf.concat(rows, axis=0)))
 
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
         """Starts a new epoch of training, or a new evaluation."""
-        if kind == "train" and self._backlog is not None:
-            self._backlog.clear()  # of an epoch that was interrupted
         self._sums[kind].assign(np.zeros(self._sums[kind].shape))
         for target in self.targets:
             self._labels[kind, target].assign(np.zeros(self._labels[kind, target].shape))
@@ -361,14 +269,24 @@ class ProbeSet:
 
     def sums(self, kind: Literal["train", "test"]) -> Sums:
         """Returns `sums[target][tap][name]` since the last reset, for the names in `SUMS`."""
-        rows = iter(self._sums[kind].value.numpy().tolist())
-        found = {
-            (target, tap): dict(zip(SUMS, next(rows), strict=True))
-            for target in self.targets
-            for group in self._groups
-            for tap in group.taps
-        }
+        rows = self._sums[kind].value.numpy().tolist()
+        found = {key: dict(zip(SUMS, row, strict=True)) for key, row in zip(self._keys(), rows)}
         return {t: {tap: found[t, tap] for tap in self.taps} for t in self.targets}
+
+    def certificates(self, kind: Literal["train", "test"]) -> dict[tuple[str | None, str], float]:
+        """Upper bounds on how far the probes are above their optimum, in nats.
+
+        Args:
+            kind: `"train"`: as they trained before the refit; `"test"`: as they are now.
+
+        Returns:
+            By target and tap; probes of which nothing is known are not there.
+        """
+        if float(self._refit_at.value.numpy()) != self.steps:
+            return {}
+        column = self._certificates.value.numpy()[:, ("train", "test").index(kind)]
+        known = zip(self._keys(), column.tolist(), strict=True)
+        return {key: bound for key, bound in known if not np.isnan(bound)}
 
     def weights(self, tap: str, target: str | None) -> tuple[np.ndarray, np.ndarray]:
         """The probe on the raw features: float32 W (n_features, num_classes), b (num_classes,)."""
@@ -386,6 +304,11 @@ class ProbeSet:
         """Number of batches the probes were given to train on."""
         return int(self._steps.value.numpy())
 
+    @property
+    def examples(self) -> int:
+        """Number of examples in them."""
+        return int(self._examples.value.numpy())
+
     def outputs(self, features: Features) -> dict[str | None, dict[str, tf.Tensor]]:
         """Returns `outputs[target][tap]`: probabilities, float32, shape (batch, num_classes)."""
         found: dict[str | None, dict[str, Any]] = {target: {} for target in self.targets}
@@ -397,7 +320,7 @@ class ProbeSet:
 
     @property
     def variables(self) -> dict[str, keras.Variable]:
-        """All that training changes but the sums: weights, statistics and optimizer slots."""
+        """What the probes have become: all that training changes but the sums."""
         layers: list[keras.layers.Layer] = [self._standardize, *self._heads()]
         found = {f"{layer.name}/{v.name}": v for layer in layers for v in layer.variables}
         slots = {f"optimizer/{i}": v for i, v in enumerate(self.optimizer.variables)}
@@ -405,14 +328,15 @@ class ProbeSet:
             **found,
             **slots,
             "steps": self._steps,
-            "updates": self._updates,
             "examples": self._examples,
-            "loss": self._loss,
+            "certificates": self._certificates,
+            "refit_at": self._refit_at,
+            **{f"labels/{i}": self._labels["train", t] for i, t in enumerate(self.targets)},
         }
 
-    def _update(self) -> tf.Tensor:
-        """The number of the step that is being taken, from 1, float32."""
-        return self._updates + 1.0
+    def _keys(self) -> list[tuple[str | None, str]]:
+        """Target and tap of each probe, in the order of the sums."""
+        return [(t, tap) for t in self.targets for group in self._groups for tap in group.taps]
 
     def _heads(self) -> list[SoftmaxHeads]:
         """By target, then by group."""
@@ -422,16 +346,39 @@ class ProbeSet:
         return [variable for heads in self._heads() for variable, _ in heads.averaged]
 
 
-def _group(
-    taps: list[str], width: Width, num_classes: Mapping[str | None, int], seed: int
-) -> _Group:
-    name = f"{width.n_features}" + ("" if width.rank is None else f"_{width.rank}")
-    shape = len(taps), width.n_features
-    heads: dict[str | None, SoftmaxHeads] = {}
-    for position, (target, classes) in enumerate(num_classes.items()):
-        named = f"heads_{name}_{position}"
-        if width.rank is None:
-            heads[target] = SoftmaxHeads(*shape, classes, name=named)
-        else:
-            heads[target] = ProjectedHeads(*shape, classes, width.rank, seed, name=named)
-    return _Group(taps, width.n_features, heads)
+def _group(taps: list[str], n_features: int, num_classes: Mapping[str | None, int]) -> _Group:
+    heads = {
+        target: SoftmaxHeads(len(taps), n_features, classes, name=f"heads_{n_features}_{position}")
+        for position, (target, classes) in enumerate(num_classes.items())
+    }
+    return _Group(taps, n_features, heads)
+
+
+def _refit(
+    heads: SoftmaxHeads,
+    places: Sequence[int],
+    z: tf.Tensor,
+    labels: tf.Tensor,
+    weights: tf.Tensor,
+    kept: float,
+    passes: int,
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    """Refits the probes at some places of a stack, those with examples.
+
+    Yields:
+        The place among these, and the certificates before and after.
+    """
+    some = np.flatnonzero(np.count_nonzero(weights.numpy(), axis=1) > 1)
+    if not len(some):
+        return
+    if len(some) < len(places):
+        z, weights = tf.gather(z, some), tf.gather(weights, some)
+    at = [places[i] for i in some]
+    start = np.concatenate([heads.mean_kernel.numpy()[at], heads.mean_bias.numpy()[at]], axis=1)
+    result = refit(
+        z, tf.maximum(labels, 0), weights, start.astype("float64"), heads.l2.numpy()[at, 0, 0],
+        kept=kept, passes=passes,
+    )  # fmt: skip
+    heads.restart(at, result.weights, result.l2)
+    for i, before, after in zip(some, result.before, result.after, strict=True):
+        yield int(i), (float(before), float(after))

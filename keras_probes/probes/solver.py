@@ -1,413 +1,443 @@
 r"""The optimal probe: multinomial logistic regression with an l2 penalty, and how near it came.
 
-In: standardised features z, labels and weights of the training rows, in blocks. Out: W and b, with
-a certificate.
+In: standardised features z, labels and weights of examples, in blocks. Out: W and b, with a
+certificate.
 
 **Problem.** n examples with features z_i in R^d, labels y_i among K classes and weights s_i >= 0
 that sum to S; u_i = z_i W + b, p_i = softmax(u_i). Minimise over W in R^(d x K) and b in R^K
 
-    F(W, b) = 1/S sum_i s_i (logsumexp(u_i) - u_i[y_i]) + l2/2 |W - A|^2
+    F(W, b) = 1/S sum_i s_i (logsumexp(u_i) - u_i[y_i]) + l2/2 (|W - A|^2 + |b - a|^2)
 
-where A, the centre, is 0 unless there is an earlier probe to stay near. It is convex. With
-R_i = s_i (p_i - e[y_i]) its gradients are
+where the centre is A = 0, a = the log of the class frequencies: what a probe says that knows nothing
+of the features. Where there is an earlier probe to stay near, the centre lies between the two. With
+R_i = s_i (p_i - e[y_i]) the gradients are
 
-    dF/dW = G + l2 (W - A),   G = Z'R / S,      dF/db = r = 1'R / S.
+    dF/dW = Z'R / S + l2 (W - A),   dF/db = 1'R / S + l2 (b - a).
 
-**Certificate.** The Fenchel dual of F has a point for every prediction p' whose mean, class by
-class, is the mean of the labels; its value is a lower bound of F everywhere (weak duality):
+**Certificate.** F is strongly convex, so that at any point (Nesterov 2004, equation 2.1.19)
 
-    1/S sum_i s_i entropy(p'_i) + <G', A> - |G'|^2 / (2 l2)  <=  F*,   G' = Z'(s (p' - e[y])) / S.
+    F - (|dF/dW|^2 + |dF/db|^2) / (2 l2)  <=  F*.
 
-Where r = 0, p' = p will do, and the bound lies |dF/dW|^2 / (2 l2) below F(W, b). For r that is
-small but not 0, p' = (1 - t) p + t q with one q for all rows mends the means; entropy is concave,
-so that
+The best such lower bound of all points visited, and 0, bounds how far F is above its optimum.
 
-    F* >= (1 - t) (loss - <G, W> - <r, b>) + <G', A> - |G'|^2 / (2 l2),
-    G' = (1 - t) G + t (m q' - C),
+**Method.** L-BFGS (Nocedal & Wright 2006, algorithm 7.4). Its initial inverse Hessian is that of
+the mean softmax: with Z'SZ/S near Q diag(lam) Q' + rest (I - QQ'), and theta_c the mean of
+p_c (1 - p_c), the Hessian is about lam x theta + l2. Q comes of a randomised sketch of rank `RANK`
+(Nystroem; Frangella, Tropp & Udell 2023), which costs a few passes where all of Z'SZ would cost
+many, and needs as few steps. The pairs that L-BFGS keeps are of the loss alone, so that they serve
+every penalty of a path. Tried and dropped: the whole eigenbasis (as many passes, a hundred times
+the cost), Newton's method with conjugate gradients, pairs kept from one epoch to the next.
 
-since the mean entropy of p is loss - <G, W> - <r, b>. Here C = Z'(s e[y]) / S, m = Z's / S, t is
-the least number for which q >= 0, and t q = t (mean of s e[y]) - (1 - t) r. The bound holds
-whatever way the point was found.
-
-**Tightness.** Alone, the bound at a point overstates its distance from the optimum by as much as
-the curvature of F exceeds l2, a hundredfold where l2 is small. So the solver looks ahead: it goes
-on from the point it will return, until the best lower bound it meets is close, compared to how far
-F has fallen since. Both numbers are known, so that it knows how tight its certificate is.
-
-**Method.** L-BFGS (Nocedal & Wright 2006, algorithm 7.4), whose initial inverse Hessian is that of
-the mean softmax: with Z'SZ/S = Q diag(lam) Q', and U diag(theta) U' the mean of diag(p_i) - p_i
-p_i', the Hessian is about lam x theta + l2 in the basis Q x U, times what the last step tells of
-its size. Q serves all penalties; U is taken anew at every step. The pairs that L-BFGS keeps are of
-the loss alone: with l2 times the step added to the change of the gradient they serve any penalty,
-and go on from one fit of a path to the next, which saves a third of its passes. Tried and dropped:
-Newton's method with conjugate gradients (as many passes, and the last ones to no use), the diagonal
-of the mean softmax only (a third more).
+Several taps of one width are solved side by side, T of them: a pass over few features costs more
+in calls than in products. All arrays have T as their first axis.
 """
 
 import collections
-import copy
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
-# float32 (rows, d), int32 (rows,), float32 (rows,)
+# z: float32 (T, rows, d); labels: int32 (rows,); weights: float32 (T, rows).
 Block: TypeAlias = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
-MEMORY = 20  # pairs that L-BFGS keeps
-LOOK_AHEAD = {"float32": 20, "float64": 100}  # steps at most, to tighten a certificate
-SURE = 0.2  # the estimated distance is up to a few times too small
-TIGHT = 6.0  # times the true gap that a certificate may be, as far as can be known
-EIGENBASIS_UP_TO = 3000  # features; beyond, finding the basis costs more than it saves
+PAIRS = 10  # that L-BFGS keeps
+RANK = 64  # of the sketch of Z'SZ
+MIN_CURVATURE = 1e-7  # of a class; below, float32 can't tell
+SAFETY = 0.2  # the estimated distance from the optimum is up to a few times too small
+MAX_BACKTRACKS = 20
 _ARMIJO = 1e-4
 _ROUNDING = {"float32": 3e-8, "float64": 1e-15}  # relative error of F
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A probe on standardised features, and how near it is to the optimum.
+    """Probes on standardised features, and how near they are to their optima.
 
     Attributes:
-        kernel: W, float64, shape (d, K).
-        bias: b, float64, shape (K,).
-        l2: The penalty.
-        objective: F(W, b), in nats.
-        gradient_norm: Euclidean norm of the gradient of F in W and b.
-        certificate: Upper bound on F(W, b) - F*, in nats; NaN if none was asked for.
-        iterations: Number of steps.
-        converged: Whether the certificate is within the tolerance.
+        weights: W over b, float64, shape (T, d + 1, K).
+        l2: The penalties, shape (T,).
+        objective: F, in nats, shape (T,).
+        gradient_norm: Euclidean norm of the gradient of F in W and b, shape (T,).
+        certificate: Upper bound on F - F*, in nats, shape (T,).
+        lower: Lower bound on F*, in nats, shape (T,).
+        steps: Number of steps, shape (T,).
+        converged: Whether the tolerance was reached, shape (T,).
     """
 
-    kernel: np.ndarray
-    bias: np.ndarray
-    l2: float
-    objective: float
-    gradient_norm: float
-    certificate: float
-    iterations: int
-    converged: bool
+    weights: np.ndarray
+    l2: np.ndarray
+    objective: np.ndarray
+    gradient_norm: np.ndarray
+    certificate: np.ndarray
+    lower: np.ndarray
+    steps: np.ndarray
+    converged: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """F and what comes of it at some W and b; the last row of `weights` and `gradient` is b's."""
+    """F and what comes of it at some weights; each of T probes has its own."""
 
-    weights: np.ndarray  # (d + 1, K)
-    away: np.ndarray  # (d, K): W - A
-    loss: float
-    gradient: np.ndarray  # (d + 1, K)
-    softmax: np.ndarray  # (K, K): mean of diag(p) - p p'
-    l2: float
-    dtype: str  # of the products
-
-    @property
-    def objective(self) -> float:
-        return self.loss + self.l2 / 2 * float(np.sum(self.away**2))
+    weights: np.ndarray  # (T, d + 1, K)
+    loss: np.ndarray  # (T,)
+    of_loss: np.ndarray  # (T, d + 1, K): gradient of the loss
+    curvature: np.ndarray  # (T, K): theta
+    penalty: np.ndarray  # (T,)
+    gradient: np.ndarray  # (T, d + 1, K): of F
 
     @property
-    def bound(self) -> float:
-        """|dF/dW|^2 / (2 l2)."""
-        return float(np.sum(self.gradient[:-1] ** 2)) / (2 * self.l2)
+    def objective(self) -> np.ndarray:
+        return self.loss + self.penalty
 
-    @functools.cached_property
-    def of_classes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Eigenvalues theta, above 0, and eigenvectors U of the softmax matrix."""
-        theta, vectors = np.linalg.eigh(self.softmax)
-        return np.maximum(theta, 1e-8), vectors
+    def bound(self, l2: np.ndarray) -> np.ndarray:
+        """How far F can be above its optimum, by this point alone."""
+        return _inner(self.gradient, self.gradient) / (2 * l2)
+
+    def where(self, taken: np.ndarray, other: "_Point") -> "_Point":
+        """This point for the probes that are `taken`, `other` for the rest."""
+        return _Point(*(_chosen(taken, *of) for of in zip(_arrays(self), _arrays(other))))
 
 
 class Problem:
-    """The training rows of one tap and target.
+    """The examples that T probes are fitted to.
 
     Args:
-        blocks: Yields the rows, standardised, from the first on at every call.
-        n_features: d.
-        num_classes: K; each has a row.
+        blocks: Yields the examples, standardised, from the first on at every call.
+        shape: (T, d, K).
+        basis: Of a problem with nearly the same features; by default it costs a pass.
 
     Attributes:
-        centre: A, shape (d, K), 0 unless set otherwise.
-        passes: How often the rows were read.
-        pairs: Steps W and b took lately, and how the gradient of the loss changed along each.
+        passes: How often the examples were read.
     """
 
-    def __init__(self, blocks: Callable[[], Iterable[Block]], n_features: int, num_classes: int):
+    def __init__(
+        self,
+        blocks: Callable[[], Iterable[Block]],
+        shape: tuple[int, int, int],
+        basis: "Basis | None" = None,
+    ):
+        taps, features, classes = shape
+        self.shape = (taps, features + 1, classes)
         self.passes = 0
         self.pairs: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
-            maxlen=MEMORY
+            maxlen=PAIRS
         )
         self._blocks = blocks
-        self._shape = (n_features + 1, num_classes)
-        self.centre = np.zeros((n_features, num_classes))
-        self._sum_of_squares()
+        # Half an example more of each class: the log of none is nothing to pull to.
+        self._counts = np.full((taps, classes), 0.5)
+        for _, labels, weights in blocks():
+            of_class = tf.one_hot(labels, classes, dtype=tf.float64)
+            self._counts += tf.matmul(tf.cast(weights, tf.float64), of_class).numpy()
+        self.total = self._counts.sum(axis=1) - classes / 2
+        self.basis = basis or Basis.of(self._read(), features, self.total)
 
-    def of(self, blocks: Sequence[Block]) -> "Problem":
-        """The same of some of the rows, which share the basis; there is no certificate for them."""
-        part = copy.copy(self)
-        part._blocks = lambda: blocks
-        part.total = float(sum(np.sum(weights, dtype="float64") for _, _, weights in blocks))
-        return part
-
-    def _sum_of_squares(self) -> None:
-        """One pass: the eigenbasis of Z'SZ/S, and what labels and features have in common."""
-        d, classes = self._shape[0] - 1, self._shape[1]
-        full = d <= EIGENBASIS_UP_TO
-        gram = np.zeros((d, d) if full else d)
-        in_common, counts = np.zeros((d, classes)), np.zeros(classes)
-        for z, labels, weights in self._read():
-            weighted = z * weights[:, None]
-            if full:
-                gram += tf.matmul(weighted, z, transpose_a=True).numpy()
-            else:
-                gram += tf.reduce_sum(weighted * z, axis=0).numpy()
-            of_class = tf.one_hot(labels, classes) * weights[:, None]
-            in_common += tf.matmul(z, of_class, transpose_a=True).numpy()
-            counts += np.sum(of_class.numpy(), axis=0, dtype="float64")
-        self.total = float(counts.sum())
-        self.frequencies = counts / self.total
-        self._in_common = in_common / self.total
-        self._basis: tf.Tensor | None = None
-        variances = gram / self.total
-        if full:
-            variances, basis = np.linalg.eigh(variances)
-            self._basis = tf.constant(basis, tf.float32)
-        self._variances = np.maximum(variances, 0.0)
-
-    def start(self) -> np.ndarray:
-        """W = 0 and the b that is best for it."""
-        weights = np.zeros(self._shape)
-        weights[-1] = np.log(self.frequencies)
+    def guess(self) -> np.ndarray:
+        """What a probe says that knows nothing of the features: W = 0, b the log frequencies."""
+        weights = np.zeros(self.shape)
+        weights[:, -1] = np.log(self._counts / self._counts.sum(axis=1, keepdims=True))
         return weights
 
-    def evaluate(self, weights: np.ndarray, l2: float, dtype: str = "float32") -> _Point:
-        """One pass over the rows; products are of `dtype`, sums over blocks of float64."""
-        kernel, bias = tf.constant(weights[:-1].T, dtype), tf.constant(weights[-1], dtype)
-        loss, gradient = 0.0, np.zeros(self._shape)
-        softmax = np.zeros(self._shape[1:] * 2)
-        for z, labels, row_weights in self._read():
-            sums = _sums(tf.cast(z, dtype), labels, tf.cast(row_weights, dtype), kernel, bias)
-            loss += float(sums[0])
-            gradient[:-1] += sums[1].numpy().T
-            gradient[-1] += sums[2].numpy()
-            softmax += sums[3].numpy()
-        gradient /= self.total
-        away = weights[:-1] - self.centre
-        gradient[:-1] += l2 * away
-        return _Point(weights, away, loss / self.total, gradient, softmax / self.total, l2, dtype)
+    def losses(
+        self, weights: np.ndarray, dtype: str = "float32"
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One pass: mean cross-entropy, its gradient and the curvature of each class.
 
-    def learn(self, before: _Point, after: _Point) -> None:
-        """Keeps what a step tells of the curvature of the loss."""
-        step = after.weights - before.weights
-        change = after.gradient - before.gradient
-        change[:-1] -= before.l2 * step[:-1]
-        if np.sum(step * change) > 0:  # as it is but for rounding
-            self.pairs.append((step, change))
+        Args:
+            weights: W over b, shape (T, d + 1, K).
+            dtype: Of the products; sums over blocks are of float64.
 
-    def direction(self, point: _Point) -> np.ndarray:
-        """The L-BFGS inverse Hessian times the gradient: two loops over the pairs."""
-        direction = point.gradient.copy()
-        shares = []
-        for step, of_loss in reversed(self.pairs):
-            change = of_loss.copy()
-            change[:-1] += point.l2 * step[:-1]
-            curvature = np.sum(step * change)
-            share = np.sum(step * direction) / curvature
-            direction -= share * change
-            shares.append((step, change, curvature, share))
-        direction = self._scaled(direction, point)
-        if shares:  # by how much the lately seen curvature is above that of the mean softmax
-            _, change, curvature, _ = shares[0]
-            direction *= curvature / np.sum(change * self._scaled(change, point))
-        for step, change, curvature, share in reversed(shares):
-            direction += step * (share - np.sum(change * direction) / curvature)
-        return direction
-
-    def _scaled(self, gradient: np.ndarray, at: _Point) -> np.ndarray:
-        """An approximate inverse Hessian at a point, times `gradient`, shape (d + 1, K)."""
-        theta, classes = at.of_classes
-        rotated = gradient @ classes
-        scale = self._variances[:, None] * theta + at.l2
-        if self._basis is None:
-            rotated[:-1] /= scale
-        else:
-            rotated[:-1] = _rotated(self._basis, rotated[:-1], scale).numpy()
-        rotated[-1] /= theta
-        return rotated @ classes.T
-
-    def precise(self, point: _Point) -> _Point:
-        """The point in float64, with the best b for its W, so that r = 0 but for rounding."""
-        for _ in range(3):  # a Newton step squares the error of b, which is small already
-            weights = point.weights.copy()
-            weights[-1] -= np.linalg.pinv(point.softmax, hermitian=True) @ point.gradient[-1]
-            point = self.evaluate(weights, point.l2, "float64")
-            if np.max(np.abs(point.gradient[-1])) <= 1e-2 * point.bound:
-                break  # the error of b is no part of the bound
-        return point
-
-    def lower_bound(self, point: _Point) -> float:
-        """A number that no F(W, b) is below: see the module's description."""
-        kernel, bias = point.weights[:-1], point.weights[-1]
-        by_kernel = point.gradient[:-1] - point.l2 * point.away
-        by_bias = point.gradient[-1]
-        entropy = point.loss - np.sum(by_kernel * kernel) - by_bias @ bias
-        t = max(0.0, float(np.max(by_bias / np.maximum(self.frequencies + by_bias, 1e-300))))
-        q = t * self.frequencies - (1 - t) * by_bias  # times t
-        mean = self._in_common.sum(axis=1)
-        mended = (1 - t) * by_kernel + np.outer(mean, q) - t * self._in_common
-        bound = (1 - t) * entropy + np.sum(mended * self.centre)
-        bound -= np.sum(mended**2) / (2 * point.l2)
-        return max(float(bound), 0.0)  # neither part of F is below 0
+        Returns:
+            Arrays of shape (T,), (T, d + 1, K) and (T, K).
+        """
+        kernel = tf.constant(weights[:, :-1].swapaxes(1, 2), dtype)
+        bias = tf.constant(weights[:, -1:], dtype)
+        loss, gradient = np.zeros(self.shape[0]), np.zeros(self.shape)
+        curvature = np.zeros((self.shape[0], self.shape[2]))
+        for z, labels, of_rows in self._read():
+            sums = _sums(tf.cast(z, dtype), labels, tf.cast(of_rows, dtype), kernel, bias)
+            loss += sums[0].numpy()
+            gradient[:, :-1] += sums[1].numpy().swapaxes(1, 2)
+            gradient[:, -1] += sums[2].numpy()
+            curvature += sums[3].numpy()
+        total = self.total[:, None]
+        return loss / self.total, gradient / total[..., None], curvature / total
 
     def _read(self) -> Iterable[Block]:
         self.passes += 1
         return self._blocks()
 
 
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """Where features vary most: Z'SZ/S is about Q diag(variances) Q' + rest (I - QQ').
+
+    Attributes:
+        vectors: Q, float32, shape (T, d, r).
+        variances: Shape (T, r, 1).
+        rest: Mean variance in all other directions, shape (T, 1, 1).
+    """
+
+    vectors: tf.Tensor
+    variances: np.ndarray
+    rest: np.ndarray
+
+    @classmethod
+    def of(cls, blocks: Iterable[Block], features: int, total: np.ndarray) -> "Basis":
+        """Sketches Z'SZ/S in one pass; exact where there are no more than `RANK` features."""
+        rank = min(features, RANK)
+        drawn = np.random.default_rng(0).normal(size=(features, rank))
+        probe = np.linalg.qr(drawn)[0] if rank < features else np.eye(features)
+        omega = tf.constant(probe, tf.float32)
+        sketch, trace = np.zeros((len(total), features, rank)), np.zeros(len(total))
+        for z, _, weights in blocks:
+            weighted = z * weights[..., None]
+            sketch += tf.matmul(weighted, tf.matmul(z, omega), transpose_a=True).numpy()
+            trace += tf.reduce_sum(weighted * z, axis=(1, 2)).numpy()
+        sketch /= total[:, None, None]
+        # Algorithm 16 of Martinsson & Tropp 2020: a small shift keeps the core positive.
+        shift = 1e-6 * np.maximum(np.linalg.norm(sketch, axis=(1, 2)), 1e-30)[:, None, None]
+        shifted = sketch + shift * probe
+        core = np.einsum("ij,tik->tjk", probe, shifted)
+        values, vectors = np.linalg.eigh((core + core.swapaxes(1, 2)) / 2)
+        half = shifted @ (vectors / np.sqrt(np.maximum(values, shift[:, 0] * 1e-3)[:, None]))
+        squares, turn = np.linalg.eigh(half.swapaxes(1, 2) @ half)
+        squares = np.maximum(squares, 1e-30)[:, None]
+        variances = np.maximum(squares - shift, 0.0)
+        left = np.maximum(trace / total - variances.sum(axis=(1, 2)), 0.0)
+        return cls(
+            tf.constant(half @ turn / np.sqrt(squares), tf.float32),
+            variances.swapaxes(1, 2),
+            (left / max(features - rank, 1))[:, None, None],
+        )
+
+    def scaled(self, gradient: np.ndarray, curvature: np.ndarray, l2: np.ndarray) -> np.ndarray:
+        """An approximate inverse Hessian times `gradient`.
+
+        Args:
+            gradient: Shape (T, d + 1, K).
+            curvature: theta, shape (T, K).
+            l2: Shape (T,).
+        """
+        theta, l2 = curvature[:, None], l2[:, None, None]
+        beside = 1 / (self.rest * theta + l2)
+        scaled = np.empty_like(gradient)
+        scaled[:, :-1] = gradient[:, :-1] * beside
+        inner = tf.matmul(self.vectors, tf.constant(gradient[:, :-1], tf.float32), transpose_a=True)
+        within = inner.numpy() * (1 / (self.variances * theta + l2) - beside)
+        scaled[:, :-1] += tf.matmul(self.vectors, tf.constant(within, tf.float32)).numpy()
+        scaled[:, -1:] = gradient[:, -1:] / (theta + l2)
+        return scaled
+
+
+class _Descent:
+    """L-BFGS on T objectives, side by side: each has its own direction and step length."""
+
+    def __init__(
+        self, problem: Problem, l2: np.ndarray | float, near: np.ndarray | None, share: float
+    ):
+        self.problem, self.dtype = problem, "float32"
+        self.l2 = np.broadcast_to(np.asarray(l2, "float64"), problem.shape[:1])
+        guess = problem.guess()
+        self._centre = guess if near is None else share * near + (1 - share) * guess
+        self._scale = np.ones(len(self.l2))  # of the basis, as the last steps found it
+
+    def at(self, weights: np.ndarray) -> _Point:
+        """F at some weights: one pass."""
+        loss, of_loss, curvature = self.problem.losses(weights, self.dtype)
+        away = weights - self._centre
+        penalty = self.l2 / 2 * _inner(away, away)
+        gradient = of_loss + self.l2[:, None, None] * away
+        return _Point(
+            weights, loss, of_loss, np.maximum(curvature, MIN_CURVATURE), penalty, gradient
+        )
+
+    def learn(self, before: _Point, after: _Point, taken: np.ndarray) -> None:
+        """Keeps what a step tells of the curvature of the loss; nothing of those not taken."""
+        step, change = after.weights - before.weights, after.of_loss - before.of_loss
+        valid = taken & (_inner(step, change) > 0)  # as it is but for rounding
+        keep = valid[:, None, None]
+        self.problem.pairs.append((step * keep, change * keep))
+        self._rescale(after, step, change, valid)
+
+    def _rescale(
+        self, point: _Point, step: np.ndarray, change: np.ndarray, valid: np.ndarray
+    ) -> None:
+        """By how much the curvature lately seen is above that of the mean softmax."""
+        change = self._of_objective(step, change)
+        along = _inner(change, self.problem.basis.scaled(change, point.curvature, self.l2))
+        ratio = _inner(step, change) / np.where(along > 0, along, 1.0)
+        self._scale = np.where(valid & (along > 0), ratio, self._scale)
+
+    def direction(self, point: _Point) -> np.ndarray:
+        """The L-BFGS inverse Hessian times the gradient: two loops over the pairs."""
+        direction = point.gradient.copy()
+        shares = []
+        for step, of_loss in reversed(self.problem.pairs):
+            change = self._of_objective(step, of_loss)
+            along = _inner(step, change)
+            inverse = np.where(along > 0, 1 / np.where(along > 0, along, 1.0), 0.0)
+            share = inverse * _inner(step, direction)
+            direction -= share[:, None, None] * change
+            shares.append((step, change, inverse, share))
+        direction = self.problem.basis.scaled(direction, point.curvature, self.l2)
+        direction *= self._scale[:, None, None]
+        for step, change, inverse, share in reversed(shares):
+            back = share - inverse * _inner(change, direction)
+            direction += back[:, None, None] * step
+        return direction
+
+    def _of_objective(self, step: np.ndarray, of_loss: np.ndarray) -> np.ndarray:
+        """The change of F's gradient along a step, from that of the loss's."""
+        return of_loss + self.l2[:, None, None] * step
+
+
+def objective(
+    problem: Problem,
+    weights: np.ndarray,
+    l2: np.ndarray | float,
+    near: np.ndarray | None = None,
+    share: float = 0.0,
+) -> np.ndarray:
+    """F at some weights, in nats, shape (T,); arguments as of `fit_softmax`. One pass."""
+    return _Descent(problem, l2, near, share).at(weights).objective
+
+
 def fit_softmax(
     problem: Problem,
-    l2: float,
+    l2: np.ndarray | float,
     *,
     start: np.ndarray | None = None,
+    near: np.ndarray | None = None,
+    share: float = 0.0,
     tol: float = 1e-6,
     certify: bool = True,
-    max_iterations: int = 500,
+    max_passes: int = 500,
+    only: np.ndarray | None = None,
 ) -> Fit:
-    """Minimises F.
+    """Minimises F for each of T probes.
 
     Args:
-        problem: The training rows.
-        l2: The penalty, more than 0.
-        start: W over b, shape (d + 1, K), to begin at.
+        problem: The examples.
+        l2: The penalties, more than 0, shape (T,) or one for all.
+        start: W over b, shape (T, d + 1, K), to begin at; by default what guessing says.
+        near: Earlier probes to stay near, likewise.
+        share: The share of the penalty that pulls to them, 0 to 1.
         tol: How far F may be above its optimum, in nats.
-        certify: Whether to prove it. If not, the solver's own estimate of the distance decides.
-        max_iterations: Number of steps after which to give up, those of looking ahead included.
+        certify: Whether to go on until that is proved. If not, the solver's own estimate decides.
+        max_passes: Number of passes over the examples after which to give up.
+        only: Which of the probes to move, shape (T,); all by default.
 
     Returns:
         The `Fit`.
     """
-    point = problem.evaluate(problem.start() if start is None else start, l2)
-    found: _Point | None = None  # what to return, once it is near enough
-    steps = iterations = ahead = 0
-    certificate = math.nan
+    descent, last = _Descent(problem, l2, near, share), problem.passes + max_passes
+    l2, point = descent.l2, descent.at(problem.guess() if start is None else start)
+    lower = np.maximum(point.objective - point.bound(l2), 0.0)
+    steps, backtracks = np.zeros(len(l2), int), np.zeros(len(l2), int)
+    length, renew = np.ones(len(l2)), np.ones(len(l2), bool)
+    moving = np.ones(len(l2), bool) if only is None else only.copy()
+    near = np.zeros(len(l2), bool)
+    direction = np.zeros(problem.shape)
     while True:
-        given_up = steps >= max_iterations
-        direction = problem.direction(point)
-        slope = float(np.sum(point.gradient * direction))
+        if (moving & renew).any():
+            direction = _chosen(renew, descent.direction(point), direction)
+        slope = _inner(point.gradient, direction)
         # Half the slope is what a parabola of this curvature has left to fall.
-        if found is None and (slope / 2 <= SURE * tol or given_up):
-            found, ahead = point, 0
-            if not certify:
-                break
-        at_end = given_up or (found is not None and found.objective <= tol)  # and F* >= 0
-        if found is not None and (at_end or point.bound <= (TIGHT - 1) * _fallen(found, point)):
-            if at_end or found.objective - point.objective + point.bound <= tol:
-                found, certificate = _certified(problem, found, point)
-            if certificate <= tol or given_up:
-                break
-            found, ahead = point, 0  # the estimate was too good; this one is nearer
+        near = slope / 2 <= SAFETY * tol
+        if certify:
+            near = point.objective - lower <= tol
         # A fall much below the rounding of F is no way on.
-        sunk = slope / 2 <= 1e-2 * _ROUNDING[point.dtype] * abs(point.objective)
-        following = None if sunk else _line_search(problem, point, direction, slope)
-        if following is None or ahead == LOOK_AHEAD[point.dtype]:
-            if point.dtype == "float64":  # rounding ends here for good
-                found, certificate = _certified(problem, found or point, point)
+        rounding = _ROUNDING[descent.dtype] * np.abs(point.objective)
+        stuck = (slope / 2 <= 1e-2 * rounding) | (backtracks >= MAX_BACKTRACKS)
+        moving &= ~near
+        if problem.passes >= last or not moving.any():
+            break
+        if not (moving & ~stuck).any():
+            if descent.dtype == "float64" or not certify:
                 break
-            # What float32 does not tell apart float64 does, at twice the time.
-            following = problem.evaluate(point.weights, l2, "float64")
-            found = found and problem.evaluate(found.weights, l2, "float64")
-        else:
-            problem.learn(point, following)
-            steps += 1
-            ahead += found is not None
-            iterations += found is None
-        point = following
-    converged = certificate <= tol if certify else steps < max_iterations
+            # What float32 does not distinguish float64 does, at twice the time.
+            descent.dtype = "float64"
+            point = descent.at(point.weights)
+            length, renew, backtracks = np.ones_like(length), np.ones_like(renew), 0 * backtracks
+            continue
+        advance = moving & ~stuck
+        tried = descent.at(point.weights - (advance * length)[:, None, None] * direction)
+        slope_there = _inner(tried.gradient, direction)
+        rise = tried.objective - point.objective
+        # Where F no longer distinguishes points for rounding, the slope does (Hager & Zhang 2005,
+        # section 4, "approximate Wolfe").
+        fallen = rise <= -_ARMIJO * length * slope
+        flat = (rise <= rounding) & (-slope_there <= (1 - 2 * _ARMIJO) * slope)
+        taken = advance & (fallen | flat)
+        lower = np.where(
+            advance, np.maximum(lower, tried.objective - tried.bound(l2)), lower
+        )
+        if taken.any():
+            descent.learn(point, tried, taken)
+            point = tried.where(taken, point)
+        # Where the parabola through both slopes has its lowest point, within bounds.
+        flatter = slope - slope_there
+        shrunk = np.where(flatter > 0, slope / np.where(flatter > 0, flatter, 1.0), 0.5)
+        length = np.where(taken, 1.0, length * np.clip(shrunk, 0.1, 0.5))
+        backtracks = np.where(taken, 0, backtracks + advance)
+        steps += taken
+        renew = taken
+    above = point.objective - lower
     return Fit(
-        kernel=found.weights[:-1],
-        bias=found.weights[-1],
+        weights=point.weights,
         l2=l2,
-        objective=found.objective,
-        gradient_norm=float(np.linalg.norm(found.gradient)),
-        certificate=certificate,
-        iterations=iterations,
-        converged=converged,
+        objective=point.objective,
+        gradient_norm=np.sqrt(_inner(point.gradient, point.gradient)),
+        # F is known up to rounding, and no better is its distance from anything.
+        certificate=np.maximum(above, 0.0) + 1e-15 * np.abs(point.objective),
+        lower=lower,
+        steps=steps,
+        converged=near,
     )
 
 
-def _fallen(found: _Point, point: _Point) -> float:
-    """How far F has fallen between two points, at least."""
-    return found.objective - point.objective - _ROUNDING[point.dtype] * abs(point.objective)
+def _inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Inner products, probe by probe: shape (T,)."""
+    return np.einsum("tdk,tdk->t", one, other)
 
 
-def _certified(problem: Problem, found: _Point, ahead: _Point) -> tuple[_Point, float]:
-    """How far `found` can be from the optimum, by the lower bound ahead of it; it in float64."""
-    found = problem.evaluate(found.weights, found.l2, "float64")
-    bound = problem.lower_bound(problem.precise(ahead))
-    # F itself is known up to rounding, and no better is its distance from anything.
-    return found, max(found.objective - bound, 0.0) + 1e-15 * abs(found.objective)
+def _chosen(taken: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.where(taken.reshape(-1, *[1] * (one.ndim - 1)), one, other)
 
 
-def _line_search(
-    problem: Problem, point: _Point, direction: np.ndarray, slope: float
-) -> _Point | None:
-    """Backtracks to a point that is low enough; `None` if there is none.
-
-    Where F no longer tells points apart for rounding, the slope does (Hager & Zhang 2005, section
-    4, "approximate Wolfe").
-    """
-    step = 1.0
-    for _ in range(20):
-        tried = problem.evaluate(point.weights - step * direction, point.l2, point.dtype)
-        rise = tried.objective - point.objective
-        if rise <= -_ARMIJO * step * slope:
-            return tried
-        slope_there = float(np.sum(tried.gradient * direction))
-        rounding = _ROUNDING[point.dtype] * abs(point.objective)
-        if rise <= rounding and -slope_there <= (1 - 2 * _ARMIJO) * slope:
-            return tried
-        # Where the parabola through both slopes has its lowest point, within bounds.
-        flatter = slope - slope_there
-        step *= float(np.clip(slope / flatter, 0.1, 0.5)) if flatter > 0 else 0.5
-    return None
-
-
-# In TensorFlow, as the passes are: NumPy's threads keep spinning for a while, and slow them down.
-def _rotated(basis: tf.Tensor, columns: np.ndarray, scale: np.ndarray) -> tf.Tensor:
-    """Q ((Q' columns) / scale), float32."""
-    turned = tf.matmul(basis, tf.constant(columns, tf.float32), transpose_a=True)
-    return tf.matmul(basis, turned / tf.constant(scale, tf.float32))
+def _arrays(point: _Point) -> list[np.ndarray]:
+    return [getattr(point, field.name) for field in dataclasses.fields(point)]
 
 
 @tf.function(reduce_retracing=True, autograph=False)
 def _sums(
     z: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """What a block adds to the loss, Z'R (transposed), 1'R and the softmax matrix.
+    """What a block adds to the loss, Z'R (transposed), 1'R and the curvature.
 
     Args:
-        z: Shape (rows, d).
+        z: Shape (T, rows, d).
         labels: int32, shape (rows,).
-        weights: Shape (rows,).
-        kernel: W transposed, shape (K, d): products with it are the fastest that way round.
-        bias: Shape (K,).
+        weights: Shape (T, rows).
+        kernel: W transposed, shape (T, K, d): products with it are the fastest that way round.
+        bias: Shape (T, 1, K).
     """
     logits = tf.matmul(z, kernel, transpose_b=True) + bias
-    is_label = tf.one_hot(labels, tf.shape(kernel)[0], dtype=z.dtype)
+    is_label = tf.one_hot(labels, tf.shape(kernel)[1], dtype=z.dtype)
     # By hand: TensorFlow's cross-entropy would find the exponentials a second time.
-    logits -= tf.reduce_max(logits, axis=1, keepdims=True)
+    logits -= tf.reduce_max(logits, axis=2, keepdims=True)
     p = tf.exp(logits)
-    total = tf.reduce_sum(p, axis=1, keepdims=True)
+    total = tf.reduce_sum(p, axis=2, keepdims=True)
     p /= total
-    losses = weights * (tf.math.log(total[:, 0]) - tf.reduce_sum(logits * is_label, axis=1))
-    residual = weights[:, None] * (p - is_label)
-    weighted = weights[:, None] * p
-    softmax = tf.linalg.diag(tf.reduce_sum(weighted, 0)) - tf.matmul(weighted, p, transpose_a=True)
+    losses = weights * (tf.math.log(total[..., 0]) - tf.reduce_sum(logits * is_label, axis=2))
+    weighted = weights[..., None] * p
+    residual = weighted - weights[..., None] * is_label
     return (
-        tf.reduce_sum(tf.cast(losses, tf.float64)),
+        tf.reduce_sum(tf.cast(losses, tf.float64), axis=1),
         tf.matmul(residual, z, transpose_a=True),
-        tf.reduce_sum(residual, axis=0),
-        softmax,
+        tf.reduce_sum(residual, axis=1),
+        tf.reduce_sum(weighted - weighted * p, axis=1),
     )

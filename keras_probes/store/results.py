@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from keras_probes.results import NUMBERS, Node, Probe, ProbeResults, Row, TapInfo
+from keras_probes.results import NUMBERS, Node, Probe, ProbeResults, Refit, Row, TapInfo
 
 _MANIFEST = "probes.json"
 _FORMAT = 1
@@ -49,6 +49,7 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
         "graph": [dataclasses.asdict(node) for node in results.graph],
         "settings": results.settings,
         "versions": results.versions,
+        "refits": [dataclasses.asdict(refit) for refit in results.refits],
     }
     write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
     kept = {file["name"] for file in files.values()}
@@ -86,6 +87,7 @@ def load(directory: str | os.PathLike) -> ProbeResults:
             graph=map(Node.from_json, manifest["graph"]),
             settings=manifest["settings"],
             versions=manifest["versions"],
+            refits=[Refit(**refit) for refit in manifest.get("refits", ())],
         )
     except FileNotFoundError as error:
         raise FileNotFoundError(

@@ -63,13 +63,18 @@ def batches_of(data: Any, batch_size: int) -> Batches:
             "The data are endless. Expected data that end; cut them with dataset.take(batches)."
         )
 
-    def any_batch_size(spec: Any) -> Any:
-        if isinstance(spec, tf.TensorSpec) and spec.shape.rank:
-            return tf.TensorSpec((None, *spec.shape[1:]), spec.dtype)
-        return spec
+    return Batches(dataset, any_batch_size(dataset.element_spec), rows, adapter.num_batches)
 
-    spec = tf.nest.map_structure(any_batch_size, dataset.element_spec)
-    return Batches(dataset, spec, rows, adapter.num_batches)
+
+def any_batch_size(spec: Any) -> Any:
+    """A structure of `tf.TensorSpec` with the size of the batch left open."""
+
+    def freed(part: Any) -> Any:
+        if isinstance(part, tf.TensorSpec) and part.shape.rank:
+            return tf.TensorSpec((None, *part.shape[1:]), part.dtype)
+        return part
+
+    return tf.nest.map_structure(freed, spec)
 
 
 def _rows(x: Any) -> int | None:

@@ -68,13 +68,10 @@ class Observer(Protocol):
     def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
         """Takes in one batch; runs within a traced step."""
 
-    def logs(self, kind: Kind, of_host: Mapping[str, Any]) -> dict[str, float]:
-        """Numbers for the logs of the epoch or the evaluation that ends now.
 
-        Args:
-            kind: Which steps it was of.
-            of_host: The host's own logs.
-        """
+# Ends an epoch or an evaluation: takes which of the two and the host's own logs, and returns numbers
+# to add to these.
+EndPass = Callable[[Kind, Mapping[str, Any]], Mapping[str, float]]
 
 
 class Joint:
@@ -93,36 +90,37 @@ class Joint:
     def __init__(self, host: keras.Model):
         self.host = host
         self.keys: set[str] = set()  # of all logs that observers have added
-        self._attached: dict[Kind, list[Observer]] = {"train": [], "test": []}
+        self._attached: dict[Kind, dict[Observer, EndPass]] = {"train": {}, "test": {}}
         self._expected: dict[Kind, dict[Observer, Part]] = {"train": {}, "test": {}}
         # Weakly, so that whoever waits for the end of a run sees it, after an exception too.
         self._runs: weakref.WeakValueDictionary[Kind, Any] = weakref.WeakValueDictionary()
         self._unprepared: set[tuple[Kind, Observer]] = set()
         self._guards: dict[Kind, Any] = {}
         self._observed: dict[tuple, tuple[Callable, Any]] = {}  # key -> (plain, what stands for it)
-        self._last: tuple[Any, Kind, list[Observer]] = (None, "train", [])
+        self._last: dict[Kind, tuple[Any, list[Observer]]] = {}  # what the last step returned
 
     @classmethod
     def at(cls, host: keras.Model) -> "Joint | None":
         """Returns the joint that is in place on `host`, if any."""
         return getattr(vars(host).get(_EPOCH_LOGS), "joint", None)
 
-    def attach(self, kind: Kind, observer: Observer, run: object) -> None:
+    def attach(self, kind: Kind, observer: Observer, end_pass: EndPass, run: object) -> None:
         """Joins `observer` to the steps of `kind`; once the host's function for them is made.
 
         Args:
             kind: Which steps.
             observer: What to run in them.
+            end_pass: Called once when the epoch or evaluation of these steps ends.
             run: Identifies the `fit` or `evaluate`, see `calling_lists`. Observers that a run
                 before it left attached, since it was interrupted, are let go.
         """
         if run is not None and run is not self._runs.get(kind):
             self._runs[kind] = run
             self._attached[kind].clear()
-        if observer not in self._attached[kind]:
-            self._attached[kind].append(observer)
+        self._attached[kind][observer] = end_pass
         self._unprepared.add((kind, observer))
         self._expected[kind].clear()
+        self._last.pop(kind, None)
         function = getattr(self.host, f"{kind}_function")
         if function is not self._guards.get(kind):
             self._guards[kind] = self._guard(kind, function)
@@ -132,8 +130,7 @@ class Joint:
 
     def detach(self, kind: Kind, observer: Observer) -> None:
         """Takes `observer` off; the last one to go leaves the host as it was."""
-        if observer in self._attached[kind]:
-            self._attached[kind].remove(observer)
+        self._attached[kind].pop(observer, None)
         if not self._attached[kind]:
             self._restore(kind)
             if kind == "test" and _evaluate_returns_list(self.host):
@@ -172,7 +169,7 @@ class Joint:
             except BaseException:
                 self._remove()
                 raise
-            self._last = (logs, kind, list(observers))
+            self._last[kind] = (logs, list(observers))
             return logs
 
         guard.plain = plain  # type: ignore[attr-defined]
@@ -331,16 +328,16 @@ class Joint:
 
         def with_observers(logs: Any) -> Any:
             result = epoch_logs(logs)
-            last, kind, observers = self._last
-            if logs is not last or last is None:
+            ended = next((kind for kind, (last, _) in self._last.items() if logs is last), None)
+            if ended is None or logs is None:
                 if not self._running():
                     self._remove()  # where `compile` took the guards, no step did it
                 return result
-            self._last = (None, "train", [])
+            _, observers = self._last.pop(ended)
             added: dict[str, float] = {}
             try:
                 for observer in observers:
-                    added.update(observer.logs(kind, result))
+                    added.update(self._attached[ended][observer](ended, result))
             except BaseException:
                 self._remove()
                 raise

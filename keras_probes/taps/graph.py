@@ -17,6 +17,7 @@ import keras
 import tensorflow as tf
 
 from keras_probes.taps.record import Recording, Site, operations_of, record_calls
+from keras_probes.taps.work import multiplications
 
 # Operations that read how large a tensor is, not what it holds: no path of data.
 _SHAPE_OPS = frozenset({"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"})
@@ -72,6 +73,7 @@ class HostGraph:
         calls: How often each layer is called.
         outputs: The structure that calling the host returns, of `tf.TensorSpec`.
         unread: By name, the layers that the host has and no probe can read, with the reason.
+        work: About how many multiplications a forward pass takes for one example.
     """
 
     taps: tuple[Tap, ...]
@@ -82,6 +84,7 @@ class HostGraph:
     calls: Mapping[keras.Operation, int]
     outputs: Any
     unread: Mapping[str, str]
+    work: int
 
 
 def input_spec_of(host: keras.Model) -> Any:
@@ -131,7 +134,10 @@ def trace(host: keras.Model, input_spec: Any) -> HostGraph:
     batch = fixed[0] if fixed else _BATCH
     graph = traced(batch)
     read = _read(graph, recording, outputs, batch, free=not fixed)
-    return dataclasses.replace(read, unread=_unread(operations_of(host), recording))
+    # What loops compute has no static shape, but each weight is of use at least once.
+    work = max(multiplications(graph.get_operations()) // batch, host.count_params())
+    unread = _unread(operations_of(host), recording)
+    return dataclasses.replace(read, unread=unread, work=work)
 
 
 def call_at_inference(host: keras.Model, inputs: Any) -> Any:
@@ -181,8 +187,9 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free:
         outputs,
     )
     return HostGraph(
-        taps, frozenset(auto), frozenset(distinct), same, inputs, recording.calls, specs, unread={}
-    )
+        taps, frozenset(auto), frozenset(distinct), same, inputs, recording.calls, specs,
+        unread={}, work=0,
+    )  # fmt: skip
 
 
 def _unread(operations: Iterable[keras.Operation], recording: Recording) -> dict[str, str]:

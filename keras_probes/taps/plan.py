@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_probes.taps.graph import HostGraph, Tap, call_at_inference, trace
 from keras_probes.taps.record import Recording, record_calls
-from keras_probes.taps.reduce import LearnedProjection, Reduce, StopGradient, reduction_for
+from keras_probes.taps.reduce import Reduce, StopGradient, reduction_for
 from keras_probes.taps.select import Selector, glob_match, nearest, select
 
 
@@ -33,11 +33,6 @@ class ReducedTap:
     stop_gradient: StopGradient
     reduction: keras.layers.Layer
     n_features: int
-
-    @property
-    def rank(self) -> int | None:
-        """Width of the projection that the head is to learn, if any."""
-        return self.reduction.n if isinstance(self.reduction, LearnedProjection) else None
 
     def features(self, activation: tf.Tensor) -> tf.Tensor:
         """Float32, shape (batch, n_features), from the host's tensor (batch, ...)."""

@@ -5,7 +5,6 @@ In: a host's activation, shape (batch, ...). Out: features, float32, shape (batc
 Reductions are Keras layers without trainable weights; they are part of the saved probe model.
 """
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -73,8 +72,8 @@ class RandomFeatures(_Reduction):
 
     Args:
         n: How many features to keep.
-        seed: Seed of the draw. With `None`, a callback draws one from its own seed and the tap's
-            name, so that taps of one shape get different subsets.
+        seed: Seed of the draw. With `None`, a callback uses its own, so that taps of one shape are
+            seen at the same places.
 
     Input: any dtype, shape (batch, ...), static but for the batch.
     Output: float32, shape (batch, min(n, size)).
@@ -106,35 +105,6 @@ class RandomFeatures(_Reduction):
 
     def get_config(self):
         return {**super().get_config(), "n": self.n, "seed": self.seed}
-
-
-@keras.saving.register_keras_serializable(package="keras_probes")
-class LearnedProjection(Flatten):
-    """A linear map to n features, learned with the head (paper, section 3.4, second suggestion).
-
-    The layer itself passes all of a tap's features on; the callback gives the tap a head whose
-    matrix is a product P V, of (n_features, n) and (n, num_classes), and trains both factors.
-
-    It sees every feature where `RandomFeatures` sees some. What it costs: n_features * n
-    parameters a tap, and their averages and optimizer slots, five times that in all. And the
-    problem is no longer convex: what it ends in depends on the start, and no certificate says how
-    far from the best it is, so that differences of some tenths of a point between layers may be of
-    its making. With n below num_classes - 1 it is also less than a full linear classifier. Offline,
-    where the best probe on all features can be found, `extract_features` refuses it.
-
-    Args:
-        n: Number of features to project to.
-
-    Input: any dtype, shape (batch, ...), static but for the batch.
-    Output: float32, shape (batch, n_features); the projection is a part of the head.
-    """
-
-    def __init__(self, n: int, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.n = _positive_integer("n", n)
-
-    def get_config(self):
-        return {**super().get_config(), "n": self.n}
 
 
 class _Positional(_Reduction):
@@ -334,7 +304,7 @@ def reduction_for(tap: Tap, reduce: Reduce, *, seed: int, name: str) -> keras.la
         reduce: `"auto"` (flatten up to 1,000 features, else a random 1,000 of them), `"gap"`,
             `"random"`, `"flatten"`, a Keras layer, or a mapping from globs over tap names to
             these; the first glob that fits decides, and a tap that fits none is left to `"auto"`.
-        seed: Seed from which, with the tap's name, random subsets are drawn.
+        seed: Seed of random subsets: the same places of every tap of one size.
         name: Name for the layer. Every layer here is named, so that no automatic name is used up.
 
     Returns:
@@ -366,7 +336,7 @@ def _by_name(tap: Tap, kind: str, seed: int, name: str) -> keras.layers.Layer:
         small = kind == "auto" and _is_static(tap) and _size(tap.shape) <= AUTO_FEATURES
         if small:
             return Flatten(name=name)
-        return RandomFeatures(seed=_tap_seed(seed, tap), name=name)
+        return RandomFeatures(seed=seed, name=name)
     if kind == "flatten":
         return Flatten(name=name)
     if kind == "gap":
@@ -382,7 +352,7 @@ def _named_copy(tap: Tap, layer: keras.layers.Layer, seed: int, name: str) -> ke
     """One instance may serve many taps, each of its own shape: every tap gets a copy."""
     config = {**layer.get_config(), "name": name}
     if isinstance(layer, RandomFeatures) and layer.seed is None:
-        config["seed"] = _tap_seed(seed, tap)
+        config["seed"] = seed
     if isinstance(layer, _Positional) and layer.data_format is None:
         config["data_format"] = _data_format(tap)
     return type(layer).from_config(config)
@@ -415,8 +385,3 @@ def _is_static(tap: Tap) -> bool:
 
 def _data_format(tap: Tap) -> str | None:
     return getattr(tap.site.layer, "data_format", None)
-
-
-def _tap_seed(seed: int, tap: Tap) -> int:
-    digest = hashlib.sha256(f"{seed}/{tap.name}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1

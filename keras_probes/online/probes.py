@@ -1,7 +1,7 @@
 """The probes of one host, riding in its steps.
 
-In: batches, as a host computes them. Out: trained probes and sums of what they got wrong. This is
-the observer that `taps.capture` calls; the callback decides when.
+In: batches, as a host computes them. Out: trained probes and what they measured. This is the
+observer that `taps.capture` calls; the callback decides when.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.forward import ForwardPass
+from keras_probes.online.measured import Measured
+from keras_probes.online.refit import Progress, Refitter, Snapshot
 from keras_probes.probes.optimizer import own_optimizer
-from keras_probes.probes.probe_set import ProbeSet, Sums, Width, memory_of, parameters_of
-from keras_probes.probes.settle import Settled
+from keras_probes.probes.probe_set import ProbeSet, Sums, memory_of, parameters_of
 from keras_probes.probes.targets import (
     RandomLabels,
     Target,
@@ -26,15 +26,16 @@ from keras_probes.probes.targets import (
     named_targets,
     resolve_targets,
 )
-from keras_probes.results import Node, TapInfo, name_of_baseline
-from keras_probes.sample import Sample
+from keras_probes.results import Node, Refit, TapInfo, name_of_baseline
 from keras_probes.taps.capture import Kind, Part
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector
 
-LARGE = 2**25  # bytes of all probes together, from which on they wait for the host's update
+# With as many classes, a step of the probes costs the memory of its weights however few its
+# examples are: it is worth its while with `MANY_CLASSES` of them.
+MANY_CLASSES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +48,16 @@ class Settings:
     num_classes: int | Mapping[str, int] | None
     optimizer: keras.optimizers.Optimizer | str | None
     isolated: bool
-    every: int
+    every: int | str
     baselines: tuple[str, ...]
     seed: int
+    refit: float
 
     def described(self) -> dict[str, Any]:
         """What was asked for, as results keep it."""
         asked = {**vars(self), "mode": "isolated" if self.isolated else "shared"}
         del asked["isolated"]
         return {name: _described(value) for name, value in asked.items() if value not in (None, ())}
-
-
-@dataclasses.dataclass
-class _Side:
-    """The probes that see the same features: those of the host as it is, or as it was at first."""
-
-    plan: TapPlan
-    targets: list[Target]
-    probes: ProbeSet
-    forward: ForwardPass | None = None
 
 
 class OnlineProbes:
@@ -77,43 +69,28 @@ class OnlineProbes:
     Args:
         host: The model.
         settings: What to probe and how.
-        report: Makes the logs of an epoch or evaluation from its sums and the host's own logs.
-
-    Attributes:
         memory_limit: Bytes all probes together may take.
-        sample_memory: Bytes that the examples they are settled on may take, with their features.
-        first_pass: Whether the probes had seen no example before this epoch.
     """
 
-    memory_limit: int
-    sample_memory: int
-
-    def __init__(
-        self,
-        host: keras.Model,
-        settings: Settings,
-        report: Callable[[Kind, Sums, Mapping[str, Any]], dict[str, float]],
-    ):
+    def __init__(self, host: keras.Model, settings: Settings, memory_limit: int):
         self.host = host
-        self.isolated, self.every = settings.isolated, settings.every
-        self.first_pass = True
+        self.isolated = settings.isolated
         self.targets: list[Target] = []
         self._settings = settings
-        self._report = report
+        self._memory_limit = memory_limit
         self._plan: TapPlan | None = None
-        self._sides: list[_Side] = []
+        self._snapshots: list[Snapshot] = []
         self._model: keras.Model | None = None
         self._pending: Mapping[str, np.ndarray] | None = None  # to restore once built
-        self._sample = Sample()
-        # Whether a forward pass of our own sees what the host's training does.
-        self._same_input = True
-        self._settled: dict[tuple[str | None, str], Settled] = {}
-        self._settled_at = -1  # number of steps by then
+        self._refitter = Refitter(settings.refit, settings.seed)
+        self._first_pass = True  # whether the probes had seen no example before this epoch
+        self._every = None if settings.every == "auto" else int(settings.every)
+        self._turn = 0  # number of the step in the epoch, of those the probes take part in
 
     @property
     def built(self) -> bool:
         """Whether the probes are there."""
-        return bool(self._sides)
+        return bool(self._snapshots)
 
     @property
     def restoring(self) -> bool:
@@ -134,11 +111,12 @@ class OnlineProbes:
     @property
     def probes(self) -> ProbeSet:
         """The probes of the host as it is; once `built`."""
-        return self._sides[0].probes
+        return self._snapshots[0].probes
 
-    def probes_of(self, target: str | None) -> ProbeSet:
-        """The probes that are measured under a name: of a target, or of a baseline of one."""
-        return next(side.probes for side in self._sides if target in side.probes.targets)
+    def weights(self, tap: str, target: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """W and b of a probe on raw features; of a target, or of a baseline of one."""
+        found = (s.probes for s in self._snapshots if target in s.probes.targets)
+        return next(found).weights(tap, target)
 
     @property
     def num_classes(self) -> int | dict[str, int]:
@@ -204,32 +182,43 @@ class OnlineProbes:
                 sum(parameters_of(width, count) for count in counts),
                 sum(memory_of(width, count) for count in counts),
             )
-            for tap, width in self._widths().items()
+            for tap, width in self.plan.n_features.items()
         }
 
-    def begin_epoch(self, steps: int | None) -> None:
+    def _resolved_every(self) -> int:
+        """Probes take part in every so-manieth step; 1 until the size of a batch is known."""
+        if self._every is None and self.built and self.steps:
+            many = max(target.num_classes for target in self.targets) >= MANY_CLASSES
+            of_batch = self.probes.examples / self.steps
+            self._every = max(1, round(MANY_CLASSES / of_batch)) if many else 1
+        return self._every or 1
+
+    def begin_epoch(self, epoch: int, steps: int | None) -> None:
         """Starts the sums and the sample of an epoch of training.
 
         Args:
+            epoch: Its number, from 0.
             steps: Number of its batches, where it is known.
         """
         if steps is not None:
-            steps = math.ceil(steps / self.host.steps_per_execution / self.every)
-        self._sample.begin(self.sample_memory, steps)
-        self.first_pass = not self.restoring and not self.steps
+            steps = math.ceil(steps / self.host.steps_per_execution)
+        self._refitter.begin(epoch, steps, self._resolved_every())
+        self._first_pass = not self.restoring and not self.steps
         self.reset_sums("train")
 
     def reset_sums(self, kind: Kind) -> None:
         """Starts a new epoch of training, or a new evaluation."""
-        for side in self._sides:
-            side.probes.reset_sums(kind)
+        for snapshot in self._snapshots:
+            snapshot.probes.reset_sums(kind)
 
     def part_in(self, batch: int) -> Part:
         """What part to take in the step that begins with this batch of the epoch."""
-        turn, rest = divmod(batch // self.host.steps_per_execution, self.every)
+        self._turn, rest = divmod(
+            batch // self.host.steps_per_execution, self._resolved_every()
+        )
         if rest:
             return "rest"
-        return "keep" if self._same_input and self._sample.wants(turn) else "observe"
+        return "keep" if self._refitter.wants(self._turn) else "observe"
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything the probes have become, by name: a copy that later training leaves alone."""
@@ -265,10 +254,10 @@ class OnlineProbes:
         }
         initial = {
             f"initial/{name}": variable
-            for side in self._sides[1:]
+            for snapshot in self._snapshots[1:]
             for name, variable in [
-                *side.probes.variables.items(),
-                *((f"weights/{i}", was) for i, (_, was) in enumerate(side.plan.other_weights)),
+                *snapshot.probes.variables.items(),
+                *((f"weights/{i}", was) for i, (_, was) in enumerate(snapshot.plan.other_weights)),
             ]
         }
         return {**self.probes.variables, **subsets, **initial}
@@ -300,18 +289,18 @@ class OnlineProbes:
             self.targets = targets
             self._check_memory()
             with self.host.distribute_strategy.scope():
-                self._add_side(self.plan, [t for t in targets if t not in initial])
+                self._add_snapshot(self.plan, [t for t in targets if t not in initial])
                 if initial:
-                    self._add_side(self.plan.with_weights_as_now(), initial)
+                    self._add_snapshot(self.plan.with_weights_as_now(), initial)
             if self._pending is not None:
                 self.restore(self._pending)
                 self._pending = None
 
-    def _add_side(self, plan: TapPlan, targets: list[Target]) -> None:
+    def _add_snapshot(self, plan: TapPlan, targets: list[Target]) -> None:
         classes = {target.name: target.num_classes for target in targets}
         optimizer = own_optimizer(self._settings.optimizer)
-        probes = ProbeSet(self._widths(), classes, optimizer, self._settings.seed)
-        self._sides.append(_Side(plan, targets, probes))
+        probes = ProbeSet(self.plan.n_features, classes, optimizer)
+        self._snapshots.append(Snapshot(plan, targets, probes))
 
     def check(self, batches: Iterable[Any]) -> None:
         unlabelled: Counter[Target] = Counter()
@@ -327,116 +316,74 @@ class OnlineProbes:
             target.refuse(unlabelled[target], total[target])
 
     def keep(self, batches: Sequence[Any], spec: Any) -> None:
-        for side in self._sides:
-            if side.forward is None or side.forward.spec != spec:
-                side.forward = ForwardPass(side.plan, side.targets, spec)
-        features = len(self._sides) * sum(self.plan.n_features.values())
-        most = max(side.probes.most_examples() for side in self._sides)
-        self._sample.add(batches, 4 * features, most)
+        self._refitter.keep(self._turn, batches, spec, self._snapshots)
 
     def layers(self) -> Iterable[keras.Operation]:
         return self.plan.layers()
 
     def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if kind == "train" and not self.isolated:
-            self._same_input = _takes_x(self.host, recording, x)
-        waits_for = self._waits_for() if kind == "train" else []
-        for side in self._sides:
-            now = side.plan is self.plan
-            with tf.control_dependencies([] if now else waits_for):
-                features = side.plan.features(recording) if now else side.plan.features_of(x)
-            labels = {target.name: target.labels(x, y) for target in side.targets}
+        if kind == "train" and not self.isolated and not _takes_x(self.host, recording, x):
+            self._refitter.reason = "the model's own train_step calls it with something else than x"
+        for snapshot in self._snapshots:
+            plan = snapshot.plan
+            now = plan is self.plan
+            features = plan.features(recording) if now else plan.features_of(x)
+            labels = {target.name: target.labels(x, y) for target in snapshot.targets}
             for label in labels.values():
                 _check_rows(next(iter(features.values())), label)
-            weights = {t.name: t.weights(sample_weight, labels[t.name]) for t in side.targets}
-            if kind == "test":
-                side.probes.test(features, labels, weights)
-            else:
-                # XLA compiles shared steps with the host's own.
-                gather = self.isolated or not self.host.jit_compile
-                with tf.control_dependencies(waits_for):
-                    side.probes.train(features, labels, weights, gather=gather)
+            weights = {t.name: t.weights(sample_weight, labels[t.name]) for t in snapshot.targets}
+            step = snapshot.probes.test if kind == "test" else snapshot.probes.train
+            step(features, labels, weights)
+
+    # What the callback asks for.
 
     def sums(self, kind: Kind) -> Sums:
         """What was measured since the epoch or evaluation began, by target, tap and name."""
-        return {t: by_tap for side in self._sides for t, by_tap in side.probes.sums(kind).items()}
+        by_target = (snapshot.probes.sums(kind) for snapshot in self._snapshots)
+        return {target: by_tap for sums in by_target for target, by_tap in sums.items()}
 
-    def logs(self, kind: Kind, of_host: Mapping[str, Any]) -> dict[str, float]:
-        if kind == "train":
-            for side in self._sides:
-                side.probes.catch_up()
-        sums = self.sums(kind)
+    def end_pass(self, kind: Kind, progress: Progress = lambda text: None) -> Measured:
+        """Ends an epoch of training, and refits the probes, or ends an evaluation.
+
+        Args:
+            kind: Which of the two.
+            progress: Takes what is going on, in words.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            ValueError: Labels are out of range.
+        """
+        sums, refit = self.sums(kind), None
+        examples = 0
         for target in self.targets:
             of_tap = next(iter(sums[target.name].values()))
             unlabelled = int(of_tap["unlabelled"])
-            total = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
-            target.refuse(unlabelled, total)
+            examples = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
+            target.refuse(unlabelled, examples)
         if kind == "train":
-            self._settle()
-        return self._report(kind, sums, of_host)
-
-    def certificates(self, kind: Kind) -> dict[tuple[str | None, str], float]:
-        """Upper bounds on how far the probes were above their optimum, in nats.
-
-        Args:
-            kind: `"train"`: those that trained in the epoch that ends; `"test"`: as they are now.
-
-        Returns:
-            By target and tap; probes of which nothing is known are not there.
-        """
-        if self._settled_at != self.probes.steps:
-            return {}
-        return {
-            key: settled.before if kind == "train" else settled.after
-            for key, settled in self._settled.items()
-        }
-
-    def _settle(self) -> None:
-        """Takes the probes to their optimum on the examples kept, with the host as it is now."""
-        self._settled = {}
-        if not (self._same_input and self._sample.batches):
-            return
-        for side in self._sides:
-            self._settled |= self._settle_side(side)
-        self._sample.batches.clear()
-        self._settled_at = self.probes.steps
-
-    def _settle_side(self, side: _Side) -> dict[tuple[str | None, str], Settled]:
-        assert side.forward is not None
-        parts = defaultdict(list)
-        for batch in self._sample.batches:
-            for name, part in side.forward(batch).items():
-                parts[name].append(part)
-        rows = {name: tf.concat(parts.pop(name), axis=0) for name in list(parts)}
-        labels = {t.name: rows["labels", t.name] for t in side.targets}
-        weights = {
-            name: rows.get(("weights", name), tf.ones(len(of_target)))
-            for name, of_target in labels.items()
-        }
-        features = {tap: rows["tap", tap] for tap in self.plan.n_features}
-        return side.probes.settle(features, labels, weights)
-
-    def _waits_for(self) -> list[tf.Tensor]:
-        """What a step of the probes has to come after.
-
-        Large probes wait until the host has updated its first weights, whose gradient comes last:
-        the memory they need for a moment is then what its activations have left, and not on top.
-        """
-        large = sum(memory for _, memory in self.sizes().values()) >= LARGE
-        first = self.host.trainable_variables[:1] if large and not self.isolated else []
-        return [tf.convert_to_tensor(variable) for variable in first]
-
-    def _widths(self) -> dict[str, Width]:
-        return {t.tap.name: Width(t.n_features, t.rank) for t in self.plan.taps}
+            refit = self._refitter.refit(examples, self._snapshots, progress)
+        probes = [snapshot.probes for snapshot in self._snapshots]
+        by_target = {target: each for each in probes for target in each.targets}
+        return Measured(
+            step=self.steps,
+            first_pass=kind == "train" and self._first_pass,
+            sums=sums,
+            certificates={k: v for each in probes for k, v in each.certificates(kind).items()},
+            known={t: each.label_counts("train", t) for t, each in by_target.items()},
+            counts={t: each.label_counts(kind, t) for t, each in by_target.items()},
+            refit=refit,
+        )
 
     def _check_memory(self) -> None:
         memory = {tap: size for tap, (_, size) in self.sizes().items()}
-        if sum(memory.values()) > self.memory_limit:
+        if sum(memory.values()) > self._memory_limit:
             largest = max(memory, key=memory.__getitem__)
             raise ValueError(
                 f"The probes would take {mebibytes(sum(memory.values()))}, more than the limit of "
-                f"{mebibytes(self.memory_limit)}; most of it {largest!r}, with "
+                f"{mebibytes(self._memory_limit)}; most of it {largest!r}, with "
                 f"{self.plan.n_features[largest]:,} features: {mebibytes(memory[largest])}. Keep "
                 'fewer features with reduce="gap" or reduce="auto" (at most 1,000 a tap), choose '
                 "fewer layers, or set memory_limit on the callback, in bytes."

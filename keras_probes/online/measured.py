@@ -1,25 +1,48 @@
-"""Rows of the results: what the sums of the online probes of one host come to.
+"""What probes measured in an epoch or an evaluation, as a value, and the rows it comes to.
 
-In: sums, the probes they are of, and the host's own logs. Out: `Row`s.
+In: sums, and the host's own logs. Out: `Row`s.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from keras_probes.online import OnlineProbes
+import numpy as np
+
 from keras_probes.probes.measures import CODE_LENGTH, guesses, measure
 from keras_probes.probes.probe_set import Sums
-from keras_probes.results import Row
-from keras_probes.taps.capture import Kind
+from keras_probes.results import Refit, Row
 
 # What Keras calls the share of examples that a model gets right.
 _ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_accuracy")
 
 
-def rows_of_epoch(
-    online: OnlineProbes,
-    sums: Sums,
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the probes of a host measured in one pass over data.
+
+    Attributes:
+        step: Number of batches they had trained on by its end.
+        first_pass: Whether it is of training, and they had seen no example before.
+        sums: By target, tap and name.
+        certificates: By target and tap, where they are known.
+        known: By target, how often each class was among the labels they trained on.
+        counts: By target, how often it was in this pass.
+        refit: What became of the refit at its end; `None` if there was none.
+    """
+
+    step: int
+    first_pass: bool
+    sums: Sums
+    certificates: Mapping[tuple[str | None, str], float]
+    known: Mapping[str | None, np.ndarray]
+    counts: Mapping[str | None, np.ndarray]
+    refit: Refit | None = None
+
+
+def rows_of(
+    measured: Measured,
     epoch: int,
     split: str,
     metrics: Sequence[str],
@@ -29,27 +52,22 @@ def rows_of_epoch(
     """What was measured in an epoch of training, or in an evaluation.
 
     Args:
-        online: The probes.
-        sums: Theirs, since it began.
+        measured: The sums and what belongs to them.
         epoch: Epoch, from 0.
         split: `"train"`, `"validation"` or `"test"`.
         metrics: Which measures.
         asked: By name, the targets as the user gave them.
         of_host: The host's own logs.
     """
-    kind: Kind = "train" if split == "train" else "test"
-    step, certificates = online.steps, online.certificates(kind)
-    for target, by_tap in sums.items():
-        probes = online.probes_of(target)
-        known, counts = (probes.label_counts(k, target) for k in ("train", kind))
-        code = (CODE_LENGTH,) if kind == "train" and online.first_pass else ()
+    code = (CODE_LENGTH,) if measured.first_pass else ()
+    for target, by_tap in measured.sums.items():
         of_model = {"error": _host_error(of_host, asked.get(target, ()))}
         for metric in (*metrics, *code):
-            majority, chance = guesses(metric, known, counts)
+            majority, chance = guesses(metric, measured.known[target], measured.counts[target])
             for tap, row in by_tap.items():
                 yield Row(
                     epoch=epoch,
-                    step=step,
+                    step=measured.step,
                     split=split,
                     target=target,
                     tap=tap,
@@ -57,7 +75,7 @@ def rows_of_epoch(
                     value=measure(metric, row),
                     n=int(row["count"]),
                     nonfinite=int(row["nonfinite"]),
-                    certificate=certificates.get((target, tap), math.nan),
+                    certificate=measured.certificates.get((target, tap), math.nan),
                     majority=majority,
                     chance=chance,
                     host=of_model.get(metric, math.nan),
@@ -65,18 +83,17 @@ def rows_of_epoch(
 
 
 def rows_of_batches(
-    online: OnlineProbes, sums: Sums, before: Sums, epoch: int, metrics: Iterable[str]
+    step: int, sums: Sums, before: Sums, epoch: int, metrics: Iterable[str]
 ) -> Iterator[Row]:
     """What was measured in training between two moments of an epoch.
 
     Args:
-        online: The probes.
-        sums: Theirs at the second moment.
+        step: Number of batches the probes had trained on at the second moment.
+        sums: Theirs at that moment.
         before: At the first; empty at the beginning of the epoch.
         epoch: Epoch, from 0.
         metrics: Which measures.
     """
-    step = online.steps
     for target, by_tap in sums.items():
         for tap, total in by_tap.items():
             was = before[target][tap] if before else {}

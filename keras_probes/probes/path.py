@@ -1,0 +1,110 @@
+"""The search of the penalty: a walk along a row of penalties to the lowest loss on other examples.
+
+In: what a penalty comes to, and where to begin. Out: the best penalty of each probe. Offline probes
+begin at the strongest penalty, refitted ones at the one they had.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from keras_probes.probes.solver import Problem, fit_softmax
+
+# Half a decade apart. Features are standardised, so that one row serves every tap. Only few
+# features that vary together have their best penalty near its end.
+PENALTIES = np.logspace(0, -8, 17)
+
+# Takes places in the row, shape (T,), and which of the probes to fit, shape (T,). Returns their
+# losses on examples that they were not fitted to, shape (T,).
+Trial = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def walk(
+    trial: Trial,
+    start: np.ndarray,
+    length: int,
+    *,
+    step: int = 1,
+    patience: int = 1,
+    both: bool = True,
+) -> np.ndarray:
+    """Walks downhill from where it starts, for T probes side by side.
+
+    Args:
+        trial: What a penalty comes to.
+        start: Where to begin, places in the row, shape (T,).
+        length: Number of penalties in the row.
+        step: How many places to go at a time; negative towards the stronger penalties.
+        patience: How many losses in a row may be higher than the one before.
+        both: Whether to try the other direction where the first one finds nothing better.
+
+    Returns:
+        The place of the lowest loss, shape (T,).
+    """
+    best, at = start.copy(), start.copy()
+    lowest = last = trial(at, np.ones(len(start), bool))
+    for direction in (step, -step)[: 1 + both]:
+        walking = best == start
+        at, last = np.where(walking, start, at), np.where(walking, lowest, last)
+        rises = np.zeros(len(start), int)
+        while True:
+            following = at + direction
+            walking &= (following >= 0) & (following < length) & (rises < patience)
+            if not walking.any():
+                break
+            at = np.where(walking, following, at)
+            losses = trial(at, walking)
+            rises = np.where(losses > last, rises + walking, 0)
+            best = np.where(walking & (losses < lowest), at, best)
+            lowest = np.where(walking, np.minimum(losses, lowest), lowest)
+            last = np.where(walking, losses, last)
+    return best
+
+
+def choose_penalty(
+    problem: Problem,
+    held_loss: Callable[[np.ndarray], np.ndarray],
+    penalties: np.ndarray,
+    begin: np.ndarray,
+    *,
+    start: np.ndarray | None = None,
+    tol: float,
+    max_passes: int,
+    **walking: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds each probe's best penalty, by examples that it is not fitted to.
+
+    Args:
+        problem: The examples to fit to.
+        held_loss: Takes W over b, shape (T, d + 1, K). Returns the loss on the others, shape (T,).
+        penalties: The row to choose from, from strong to weak.
+        begin: Places in it to begin at, shape (T,).
+        start: W over b to begin at.
+        tol: How far a fit may be above its optimum, in nats.
+        max_passes: Number of passes over the examples after which to try no more.
+        **walking: As of `walk`.
+
+    Returns:
+        The places of the best penalties, shape (T,), and the probes with them.
+    """
+    latest = problem.guess() if start is None else start
+    best, lowest = latest, np.full(problem.shape[0], np.inf)
+    last = problem.passes + max_passes
+
+    def trial(places: np.ndarray, only: np.ndarray) -> np.ndarray:
+        nonlocal latest, best, lowest
+        left = last - problem.passes
+        if left <= 0 and np.isfinite(lowest).all():
+            return np.full(len(places), np.inf)
+        fit = fit_softmax(
+            problem, penalties[places], start=latest, tol=tol, certify=False,
+            max_passes=max(left, 1), only=only,
+        )  # fmt: skip
+        latest, losses = fit.weights, held_loss(fit.weights)
+        better = only & (losses < lowest)
+        best = np.where(better[:, None, None], latest, best)
+        lowest = np.where(better, losses, lowest)
+        return losses
+
+    return walk(trial, begin, len(penalties), **walking), best
