@@ -118,7 +118,7 @@ class Refitter:
                 features, labels, weights = self._forward(snapshot, batches)
                 snapshot.probes.refit(
                     features, labels, weights, kept=min(1.0, n / max(examples, 1)), passes=passes,
-                    progress=progress,
+                    epoch=self._epoch, progress=progress,
                 )  # fmt: skip
                 found = snapshot.probes.certificates("test")
                 missing = {tap for t in labels for tap in features if (t, tap) not in found}
@@ -155,14 +155,13 @@ class Refitter:
     def _forward(
         self, snapshot: Snapshot, batches: Sequence[Any]
     ) -> tuple[dict[str, tf.Tensor], dict[str | None, tf.Tensor], dict[str | None, tf.Tensor]]:
-        """Features by tap, labels and weights by target, in random order."""
+        """Features by tap, labels and weights by target."""
         assert snapshot.forward is not None
         parts = defaultdict(list)
         for batch in batches:
             for name, part in snapshot.forward(batch).items():
                 parts[name].append(part)
-        order = self._sample.rng().permutation(sum(map(len, next(iter(parts.values())))))
-        rows = {n: tf.gather(tf.concat(parts.pop(n), axis=0), order) for n in list(parts)}
+        rows = {name: tf.concat(parts.pop(name), axis=0) for name in list(parts)}
         labels = {t.name: rows["labels", t.name] for t in snapshot.targets}
         weights = {
             name: rows.get(("weights", name), tf.ones(len(of_target)))

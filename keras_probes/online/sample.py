@@ -66,12 +66,8 @@ class Sample:
             n: Number of examples, no more than are kept.
         """
         batches = [batch for _, of_step in self._kept for batch in of_step]
-        order = self.rng().permutation(len(batches))
+        order = np.random.default_rng((self._seed, self._epoch)).permutation(len(batches))
         return list(_cut([batches[place] for place in order], n))
-
-    def rng(self) -> np.random.Generator:
-        """Random numbers of this epoch."""
-        return np.random.default_rng((self._seed, self._epoch))
 
     def _too_much(self, feature_bytes: int) -> bool:
         batches = [batch for _, of_step in self._kept for batch in of_step]

@@ -162,6 +162,7 @@ class ProbeSet:
         *,
         kept: float,
         passes: int,
+        epoch: int = 0,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Takes every probe to its optimum on a sample, as far as the passes allow.
@@ -170,12 +171,12 @@ class ProbeSet:
         label and finite features.
 
         Args:
-            features: By tap, float32, shape (n, n_features), of a host that stands still; the
-                examples in random order.
+            features: By tap, float32, shape (n, n_features), of a host that stands still.
             labels: By target, int32, shape (n,).
             weights: By target, float32, shape (n,).
             kept: Share of the epoch's examples that are in the sample.
             passes: About how many passes over the sample to take for each probe.
+            epoch: Its number.
             progress: Takes what is going on, in words.
         """
         found: dict[tuple[str | None, str], tuple[float, float]] = {}
@@ -190,7 +191,7 @@ class ProbeSet:
                 for target, heads in group.heads.items():
                     counts = finite * weights[target] * tf.cast(labels[target] >= 0, tf.float32)
                     progress(f"{len(found)} of {total}")
-                    done = _refit(heads, places, z, labels[target], counts, kept, passes)
+                    done = _refit(heads, places, z, labels[target], counts, kept, passes, epoch)
                     found.update({(target, taps[i]): certificates for i, certificates in done})
         nothing = (np.nan, np.nan)
         self._certificates.assign([found.get(key, nothing) for key in self._keys()])
@@ -201,15 +202,16 @@ class ProbeSet:
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """z of some taps of a group, and which examples count, with statistics of the sample."""
         zs, finites = [], []
-        for place, of_tap in zip(places, features, strict=True):
-            finite = tf.reduce_all(tf.math.is_finite(of_tap), axis=1, keepdims=True)
-            x = tf.where(finite, of_tap, 0.0)
-            finite = tf.cast(finite, tf.float32)
-            if tf.reduce_any(finite > 0):
-                x = self._standardize.restart(group, place, x, finite)
+        for place, x in zip(places, features, strict=True):
+            # One such feature makes the sum another.
+            finite = tf.math.is_finite(tf.reduce_sum(x, axis=1, keepdims=True))
+            if not tf.reduce_all(finite):
+                x = tf.where(finite, x, 0.0)
+            if tf.reduce_any(finite):
+                x = self._standardize.restart(group, place, x, tf.cast(finite, tf.float32))
             zs.append(x)
-            finites.append(finite[:, 0])
-        return tf.stack(zs), tf.stack(finites)
+            finites.append(tf.cast(finite[:, 0], tf.float32))
+        return (tf.stack(zs) if len(zs) > 1 else zs[0][None]), tf.stack(finites)
 
     def _stacked(self, features: Features) -> list[tf.Tensor]:
         """Features by group: float32, shape (n_taps, batch, n_features)."""
@@ -362,6 +364,7 @@ def _refit(
     weights: tf.Tensor,
     kept: float,
     passes: int,
+    epoch: int,
 ) -> Iterator[tuple[int, tuple[float, float]]]:
     """Refits the probes at some places of a stack, those with examples.
 
@@ -377,7 +380,7 @@ def _refit(
     start = np.concatenate([heads.mean_kernel.numpy()[at], heads.mean_bias.numpy()[at]], axis=1)
     result = refit(
         z, tf.maximum(labels, 0), weights, start.astype("float64"), heads.l2.numpy()[at, 0, 0],
-        kept=kept, passes=passes,
+        kept=kept, passes=passes, epoch=epoch,
     )  # fmt: skip
     heads.restart(at, result.weights, result.l2)
     for i, before, after in zip(some, result.before, result.after, strict=True):

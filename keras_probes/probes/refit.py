@@ -22,7 +22,8 @@ import tensorflow as tf
 from keras_probes.probes.path import PENALTIES, choose_penalty
 from keras_probes.probes.solver import RANK, Problem, fit_softmax, objective
 
-TOL = 1e-2  # nats: a tenth of the interval of a loss on 1,000 examples
+TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
+SEARCH_TOL = 2e-2  # the same while penalties are compared
 HELD_OUT = 8  # one example in so many chooses the penalty
 NEAR = 3.0  # how much more than 0 an earlier probe says of where the optimum is
 FIRST_PENALTY = 8  # place in the row where the first search begins
@@ -69,30 +70,36 @@ def refit(
     *,
     kept: float,
     passes: int,
+    epoch: int,
 ) -> Refit:
     """Takes T probes of one width to their optimum.
 
     Args:
-        z: Standardised features, float32, shape (T, n, d), in random order, n at least 2.
+        z: Standardised features, float32, shape (T, n, d), n at least 2.
         labels: int32, shape (n,).
         weights: float32, shape (T, n), not all 0; 0 for examples that do not count.
         start: W over b, shape (T, d + 1, K).
         l2: The penalties that the last refit chose, shape (T,); 0 in the first.
         kept: Share of the epoch's examples that are in the sample, above 0 to 1.
         passes: About how many passes over the sample to take.
+        epoch: Number of the epoch: which penalties are looked at, and by which examples.
 
     Returns:
         The `Refit`.
     """
     taps, n, features = z.shape
     shape = taps, features, start.shape[2]
-    held_out = max(1, n // HELD_OUT)
-    parts = [
-        (z[:, here], labels[here], weights[:, here])
-        for here in (slice(0, held_out), slice(held_out, n))
-    ]
-    whole = Problem(lambda: parts, shape)
-    held, others = (Problem(lambda p=part: [p], shape, whole.basis) for part in parts)
+    order = np.random.default_rng(epoch).permutation(n)
+    apart = np.split(order, [max(1, n // HELD_OUT)])
+    whole = Problem([(z, labels, weights)], shape)
+    held, others = (
+        Problem(
+            [(tf.gather(z, at, axis=1), tf.gather(labels, at), tf.gather(weights, at, axis=1))],
+            shape,
+            whole.basis,
+        )
+        for at in map(np.sort, apart)
+    )
     known = bool(np.all(l2 > 0))
     begin = np.full(taps, FIRST_PENALTY)
     if known:
@@ -103,9 +110,11 @@ def refit(
         PENALTIES,
         begin,
         start=start,
-        tol=TOL,
+        tol=SEARCH_TOL,
         max_passes=passes // 2,
-        step=1 if known else FIRST_STEP,
+        # A penalty moves slowly: one neighbour is looked at in an epoch, by turns.
+        step=(-1) ** epoch if known else FIRST_STEP,
+        both=not known,
     )
     chosen, others_say = PENALTIES[places], NEAR * (1.0 - kept)
     l2, share = chosen * (kept + others_say), others_say / (kept + others_say)

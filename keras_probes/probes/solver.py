@@ -34,6 +34,7 @@ in calls than in products. All arrays have T as their first axis.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
@@ -105,7 +106,7 @@ class Problem:
     """The examples that T probes are fitted to.
 
     Args:
-        blocks: Yields the examples, standardised, from the first on at every call.
+        blocks: Yields the examples, standardised, from the first on whenever it is gone through.
         shape: (T, d, K).
         basis: Of a problem with nearly the same features; by default it costs a pass.
 
@@ -115,7 +116,7 @@ class Problem:
 
     def __init__(
         self,
-        blocks: Callable[[], Iterable[Block]],
+        blocks: Iterable[Block],
         shape: tuple[int, int, int],
         basis: "Basis | None" = None,
     ):
@@ -128,7 +129,7 @@ class Problem:
         self._blocks = blocks
         # Half an example more of each class: the log of none is nothing to pull to.
         self._counts = np.full((taps, classes), 0.5)
-        for _, labels, weights in blocks():
+        for _, labels, weights in blocks:
             of_class = tf.one_hot(labels, classes, dtype=tf.float64)
             self._counts += tf.matmul(tf.cast(weights, tf.float64), of_class).numpy()
         self.total = self._counts.sum(axis=1) - classes / 2
@@ -153,11 +154,11 @@ class Problem:
             Arrays of shape (T,), (T, d + 1, K) and (T, K).
         """
         kernel = tf.constant(weights[:, :-1].swapaxes(1, 2), dtype)
-        bias = tf.constant(weights[:, -1:], dtype)
+        bias = tf.constant(weights[:, -1, :, None], dtype)
         loss, gradient = np.zeros(self.shape[0]), np.zeros(self.shape)
         curvature = np.zeros((self.shape[0], self.shape[2]))
         for z, labels, of_rows in self._read():
-            sums = _sums(tf.cast(z, dtype), labels, tf.cast(of_rows, dtype), kernel, bias)
+            sums = _sums(dtype)(tf.cast(z, dtype), labels, tf.cast(of_rows, dtype), kernel, bias)
             loss += sums[0].numpy()
             gradient[:, :-1] += sums[1].numpy().swapaxes(1, 2)
             gradient[:, -1] += sums[2].numpy()
@@ -167,7 +168,7 @@ class Problem:
 
     def _read(self) -> Iterable[Block]:
         self.passes += 1
-        return self._blocks()
+        return self._blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +189,7 @@ class Basis:
     def of(cls, blocks: Iterable[Block], features: int, total: np.ndarray) -> "Basis":
         """Sketches Z'SZ/S in one pass; exact where there are no more than `RANK` features."""
         rank = min(features, RANK)
-        drawn = np.random.default_rng(0).normal(size=(features, rank))
-        probe = np.linalg.qr(drawn)[0] if rank < features else np.eye(features)
+        probe = _drawn(features, rank)
         omega = tf.constant(probe, tf.float32)
         sketch, trace = np.zeros((len(total), features, rank)), np.zeros(len(total))
         for z, _, weights in blocks:
@@ -242,7 +242,7 @@ class _Descent:
         self.l2 = np.broadcast_to(np.asarray(l2, "float64"), problem.shape[:1])
         guess = problem.guess()
         self._centre = guess if near is None else share * near + (1 - share) * guess
-        self._scale = np.ones(len(self.l2))  # of the basis, as the last steps found it
+        self._scale = np.ones(len(self.l2))  # of the basis, as the last step found it
 
     def at(self, weights: np.ndarray) -> _Point:
         """F at some weights: one pass."""
@@ -260,14 +260,9 @@ class _Descent:
         valid = taken & (_inner(step, change) > 0)  # as it is but for rounding
         keep = valid[:, None, None]
         self.problem.pairs.append((step * keep, change * keep))
-        self._rescale(after, step, change, valid)
-
-    def _rescale(
-        self, point: _Point, step: np.ndarray, change: np.ndarray, valid: np.ndarray
-    ) -> None:
-        """By how much the curvature lately seen is above that of the mean softmax."""
+        # By how much the curvature lately seen is above that of the mean softmax.
         change = self._of_objective(step, change)
-        along = _inner(change, self.problem.basis.scaled(change, point.curvature, self.l2))
+        along = _inner(change, self.problem.basis.scaled(change, after.curvature, self.l2))
         ratio = _inner(step, change) / np.where(along > 0, along, 1.0)
         self._scale = np.where(valid & (along > 0), ratio, self._scale)
 
@@ -412,32 +407,47 @@ def _arrays(point: _Point) -> list[np.ndarray]:
     return [getattr(point, field.name) for field in dataclasses.fields(point)]
 
 
-@tf.function(reduce_retracing=True, autograph=False)
-def _sums(
-    z: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+@functools.cache
+def _sums(dtype: str) -> Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]]:
     """What a block adds to the loss, Z'R (transposed), 1'R and the curvature.
 
-    Args:
-        z: Shape (T, rows, d).
-        labels: int32, shape (rows,).
-        weights: Shape (T, rows).
-        kernel: W transposed, shape (T, K, d): products with it are the fastest that way round.
-        bias: Shape (T, 1, K).
+    Returns:
+        A compiled function of z, shape (T, rows, d); labels, int32, shape (rows,); weights, shape
+        (T, rows); W transposed, shape (T, K, d); and b, shape (T, K, 1).
     """
-    logits = tf.matmul(z, kernel, transpose_b=True) + bias
-    is_label = tf.one_hot(labels, tf.shape(kernel)[1], dtype=z.dtype)
-    # By hand: TensorFlow's cross-entropy would find the exponentials a second time.
-    logits -= tf.reduce_max(logits, axis=2, keepdims=True)
-    p = tf.exp(logits)
-    total = tf.reduce_sum(p, axis=2, keepdims=True)
-    p /= total
-    losses = weights * (tf.math.log(total[..., 0]) - tf.reduce_sum(logits * is_label, axis=2))
-    weighted = weights[..., None] * p
-    residual = weighted - weights[..., None] * is_label
-    return (
-        tf.reduce_sum(tf.cast(losses, tf.float64), axis=1),
-        tf.matmul(residual, z, transpose_a=True),
-        tf.reduce_sum(residual, axis=1),
-        tf.reduce_sum(weighted - weighted * p, axis=1),
-    )
+
+    # Classes before rows: products are the fastest that way round, and so are sums over classes.
+    def sums(
+        z: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+        logits = tf.matmul(kernel, z, transpose_b=True) + bias
+        is_label = tf.one_hot(labels, tf.shape(kernel)[1], axis=0, dtype=z.dtype)
+        # By hand: TensorFlow's cross-entropy would find the exponentials a second time.
+        logits -= tf.reduce_max(logits, axis=1, keepdims=True)
+        p = tf.exp(logits)
+        total = tf.reduce_sum(p, axis=1, keepdims=True)
+        p /= total
+        of_label = tf.reduce_sum(logits * is_label, axis=1)
+        losses = weights * (tf.math.log(total[:, 0]) - of_label)
+        weighted = weights[:, None] * p
+        residual = weighted - weights[:, None] * is_label
+        return (
+            tf.reduce_sum(tf.cast(losses, tf.float64), axis=1),
+            tf.matmul(residual, z),
+            tf.reduce_sum(residual, axis=2),
+            tf.reduce_sum(weighted - weighted * p, axis=2),
+        )
+
+    # Compiled once for all sizes, and called without the search for the right trace.
+    shapes = ((None,) * 3, (None,), (None,) * 2, (None,) * 3, (None, None, 1))
+    dtypes = (dtype, "int32", dtype, dtype, dtype)
+    specs = [tf.TensorSpec(*spec) for spec in zip(shapes, dtypes, strict=True)]
+    return tf.function(sums, autograph=False).get_concrete_function(*specs)
+
+
+@functools.cache
+def _drawn(features: int, rank: int) -> np.ndarray:
+    """Orthonormal directions for a sketch, shape (features, rank)."""
+    if rank == features:
+        return np.eye(features)
+    return np.linalg.qr(np.random.default_rng(0).normal(size=(features, rank)))[0]
