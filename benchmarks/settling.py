@@ -12,7 +12,6 @@ import time
 
 import numpy as np
 import tensorflow as tf
-
 from keras_probes.probes.settle import most_examples, settle
 
 SIZES = ((10, 1000), (100, 256), (100, 1000), (190, 1000), (390, 64), (1000, 64))

@@ -20,7 +20,8 @@ from keras import layers
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
-from keras_probes.fit import PATH_TOL, PENALTIES
+from keras_probes.fit import PATH_TOL
+from keras_probes.probes.path import PENALTIES
 from keras_probes.probes.solver import Problem, fit_softmax
 
 CLASSES = 10
@@ -59,41 +60,50 @@ def objective(z, y, kernel, bias, l2):
     return -u[np.arange(len(y)), y].mean() + l2 / 2 * np.sum(kernel**2)
 
 
-def optimum(z, y, kernel, bias, l2):
-    """The optimum in float64, by SciPy, from where the solver ended."""
+def optimum(z, y, start, l2, prior=None):
+    """The optimum in float64, by SciPy, from where a solver ended.
+
+    With a `prior`, shape (classes,), the bias is pulled to it, as ours is; without, it is free.
+    """
     z, onehot = z.astype("float64"), np.eye(CLASSES)[y]
+    pulled = np.append(np.ones(z.shape[1]), prior is not None)[:, None]
+    centre = np.zeros(start.shape)
+    centre[-1] = 0.0 if prior is None else prior
 
     def function(flat):
         w = flat.reshape(-1, CLASSES)
         u = z @ w[:-1] + w[-1]
         residual = (softmax(u, axis=1) - onehot) / len(y)
         value = -(log_softmax(u, axis=1) * onehot).sum(axis=1).mean()
-        gradient = np.vstack([z.T @ residual + l2 * w[:-1], residual.sum(axis=0)])
-        return value + l2 / 2 * np.sum(w[:-1] ** 2), gradient.ravel()
+        away = pulled * (w - centre)
+        gradient = np.vstack([z.T @ residual, residual.sum(axis=0)]) + l2 * away
+        return value + l2 / 2 * np.sum(away**2), gradient.ravel()
 
-    start = np.vstack([kernel, bias]).ravel()
     options = {"maxiter": 400, "ftol": 0, "gtol": 1e-8, "maxcor": 50}
     return scipy.optimize.minimize(
-        function, start, jac=True, method="L-BFGS-B", options=options
+        function, start.ravel(), jac=True, method="L-BFGS-B", options=options
     ).fun
 
 
-def ours(z, y, l2, **options):
-    tensors = tf.constant(z), tf.constant(y, tf.int32), tf.ones(len(y))
-    return fit_softmax(Problem(lambda: [tensors], z.shape[1], CLASSES), l2, **options)
+def problem(z, y):
+    block = tf.constant(z[None]), tf.constant(y, tf.int32), tf.ones((1, len(y)))
+    return Problem([block], (1, z.shape[1], CLASSES))
+
+
+def ours(z, y, l2):
+    return fit_softmax(problem(z, y), l2)
 
 
 def path(z, y):
     """Ten penalties, then the one in the middle to the end, as fit_probes does."""
-    tensors = tf.constant(z), tf.constant(y, tf.int32), tf.ones(len(y))
-    problem, start = Problem(lambda: [tensors], z.shape[1], CLASSES), None
+    given, start = problem(z, y), None
     starts = {}
     ten = PENALTIES[:10]
     for l2 in ten:
-        fit = fit_softmax(problem, l2, start=start, tol=PATH_TOL, certify=False)
-        start = starts[l2] = np.vstack([fit.kernel, fit.bias])
+        fit = fit_softmax(given, l2, start=start, tol=PATH_TOL, certify=False)
+        start = starts[l2] = fit.weights
     chosen = min(ten, key=lambda l2: abs(np.log(l2 / 1e-2)))
-    return fit_softmax(problem, chosen, start=starts[chosen])
+    return fit_softmax(given, chosen, start=starts[chosen])
 
 
 def theirs(z, y, l2, dtype, tol):
@@ -131,9 +141,10 @@ def main():
     for name, z in feature_sets(x, y):
         fit = ours(z, y, args.l2)  # also compiles
         path(z, y)
-        best = optimum(z, y, fit.kernel, fit.bias, args.l2)
-        gap = fit.objective - best
-        settings, reached = loosest(z, y, args.l2, fit.objective + 1e-6 * best)
+        best = optimum(z, y, fit.weights[0], args.l2, problem(z, y).guess()[0, -1])
+        gap, certificate = float(fit.objective[0]) - best, float(fit.certificate[0])
+        free = optimum(z, y, fit.weights[0], args.l2)
+        settings, reached = loosest(z, y, args.l2, free * (1 + 1e-6))
         seconds = np.median(
             [
                 [timed(ours, z, y, args.l2), timed(theirs, z, y, args.l2, *settings),
@@ -147,8 +158,8 @@ def main():
             f"{name:>18}: ours {seconds[0]:6.2f} s, scikit-learn {seconds[1]:6.2f} s "
             f"({settings[0]}, tol {settings[1]:g}), ratio {seconds[1] / seconds[0]:5.1f}; "
             f"path {seconds[2] / seconds[0]:.2f} of one fit; objective {best:.7f}, "
-            f"above it: ours {gap:.1e} (certificate {fit.certificate:.1e}, "
-            f"{fit.certificate / max(gap, 1e-16):.1f} times), scikit-learn {reached - best:.1e}",
+            f"above it: ours {gap:.1e} (certificate {certificate:.1e}, "
+            f"{certificate / max(gap, 1e-16):.1f} times), scikit-learn {reached - free:.1e}",
             flush=True,
         )
     print(f"in all: ratio {total[1] / total[0]:.1f}; a path {total[2] / total[0]:.2f} of one fit")

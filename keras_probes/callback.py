@@ -436,10 +436,11 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def _adopt(self, model: keras.Model) -> OnlineProbes:
         """Returns the probes of `model`; those of another host are dropped."""
         if self._online is None or self._online.host is not model:
-            self._online = OnlineProbes(model, self._settings, self.memory_limit)
+            self._online = OnlineProbes(model, self._settings)
             if self._loaded is not None:
                 self._online.restore(self._loaded.arrays)
                 self._loaded = None
+        self._online.memory_limit = self.memory_limit
         return self._online
 
     def _checkpoint(self) -> Checkpoint:

@@ -9,21 +9,19 @@ import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
 
 from keras_probes.probes.measures import METRICS, SUMS, batch_sums, guesses, measure
+from keras_probes.probes.path import PENALTIES, choose_penalty
 from keras_probes.probes.solver import Block, Fit, Problem, fit_softmax
 from keras_probes.probes.spread import inverse_spread
 from keras_probes.results import Node, Probe, ProbeResults, Row, versions
 from keras_probes.store.features import FeatureStore, StoredArray
 
-# The path of l2="auto": features are standardised, so that one serves every tap. Only few features
-# that vary together have their best penalty near its end; for others it is left long before.
-PENALTIES = tuple(float(penalty) for penalty in np.logspace(0, -8, 17))
 PATH_TOL = 1e-3  # nats; enough to compare validation losses
 READ_ROWS = 8192  # about so many rows are in the works at a time
 UNSEEN = -1e9  # the bias of a class without examples: it is never predicted
@@ -61,7 +59,8 @@ def fit_probes(
         taps: Names of the taps to fit; all by default.
         memory: Bytes of features to hold at once. Taps that take more are read from disk again and
             again, with the same result.
-        max_iterations: Steps of the solver after which to give up on a tap.
+        max_iterations: Passes over the examples, about one per step of the solver, after which it
+            gives up.
         seed: Seed of the split.
         verbose: Whether to show a progress bar and each tap's result as it comes.
 
@@ -118,7 +117,8 @@ def fit_probes(
 
 
 def _penalties(l2: Any, validation: Any) -> tuple[float, ...]:
-    penalties = PENALTIES if l2 == "auto" else tuple(np.atleast_1d(l2).astype(float).tolist())
+    auto = isinstance(l2, str) and l2 == "auto"
+    penalties = tuple((PENALTIES if auto else np.atleast_1d(l2).astype(float)).tolist())
     if not penalties or not all(np.isfinite(penalty) and penalty > 0 for penalty in penalties):
         raise ValueError(
             'Expected `l2` to be "auto", or one or more penalties above 0: without a penalty the '
@@ -293,6 +293,20 @@ class _Features:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """The training examples of one tap and target, as the solver reads them."""
+
+    features: _Features
+    labels: np.ndarray
+    weights: np.ndarray
+
+    def __iter__(self) -> Iterator[Block]:
+        for z, here in self.features.blocks("train"):
+            labels = tf.constant(self.labels[here], tf.int32)
+            yield z[None], labels, tf.constant(self.weights[None, here], tf.float32)
+
+
 class _TapFit:
     """The probe of one tap and target: its penalty, its fit and its measures."""
 
@@ -303,7 +317,7 @@ class _TapFit:
         num_classes: int,
         penalties: Sequence[float],
         tol: float,
-        max_iterations: int,
+        max_passes: int,
     ):
         self._features, self._target, self._num_classes = features, target, num_classes
         self._labels = {split: rows.labels(target) for split, rows in features.splits.items()}
@@ -316,41 +330,36 @@ class _TapFit:
         self._seen = np.unique(self._labels["train"][weights > 0])
         self._check_classes()
         compact = np.searchsorted(self._seen, self._labels["train"])
-        problem = Problem(self._blocks(compact, weights), len(features.mean), len(self._seen))
-        self._fit = self._solve(problem, penalties, tol, max_iterations)
-        self._measures = {split: self._measured(split, self._fit) for split in features.splits}
-        if not self._fit.converged:
+        blocks = _Blocks(features, compact, weights)
+        problem = Problem(blocks, (1, len(features.mean), len(self._seen)))
+        self._fit = self._solve(problem, penalties, tol, max_passes)
+        self._measures = {
+            split: self._measured(split, self._fit.weights[0]) for split in features.splits
+        }
+        if not self._fit.converged[0]:
             self._warn_of_distance(tol)
 
     def _solve(
-        self, problem: Problem, penalties: Sequence[float], tol: float, max_iterations: int
+        self, problem: Problem, penalties: Sequence[float], tol: float, max_passes: int
     ) -> Fit:
-        start, penalty = None, penalties[0]
-        if len(penalties) > 1:
-            found: list[tuple[float, Fit]] = []
-            for one in penalties:
-                path_tol = max(tol, PATH_TOL)
-                fit = fit_softmax(problem, one, start=start, tol=path_tol, certify=False)
-                start = np.vstack([fit.kernel, fit.bias])
-                found.append((self._measured("validation", fit)["loss"], fit))
-                losses = [loss for loss, _ in found]
-                # Past the least loss, it only rises, and probes take ever longer.
-                if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
-                    break
-            _, best = min(found, key=lambda pair: pair[0])
-            start, penalty = np.vstack([best.kernel, best.bias]), best.l2
-        return fit_softmax(problem, penalty, start=start, tol=tol, max_iterations=max_iterations)
+        row, chosen, start = np.array(penalties), np.zeros(1, int), None
+        if len(row) > 1:
+            # From the strongest on: past the lowest loss it only rises, and fits take ever longer.
+            chosen, start = choose_penalty(
+                problem,
+                lambda weights: np.array([self._measured("validation", weights[0])["loss"]]),
+                row,
+                chosen,
+                tol=max(tol, PATH_TOL),
+                max_passes=max_passes,
+                patience=2,
+                both=False,
+            )
+        return fit_softmax(problem, row[chosen], start=start, tol=tol, max_passes=max_passes)
 
-    def _blocks(self, labels: np.ndarray, weights: np.ndarray) -> Callable[[], Iterator[Block]]:
-        def blocks() -> Iterator[Block]:
-            for z, here in self._features.blocks("train"):
-                yield z, tf.constant(labels[here], tf.int32), tf.constant(weights[here], tf.float32)
-
-        return blocks
-
-    def _measured(self, split: Split, fit: Fit) -> dict[str, float]:
-        """Every metric of a fit on a split, and `n` and `nonfinite`."""
-        kernel, bias = self._expanded(fit)
+    def _measured(self, split: Split, weights: np.ndarray) -> dict[str, float]:
+        """Every metric of W over b on a split, and `n` and `nonfinite`."""
+        kernel, bias = self._expanded(weights)
         kernel, bias = tf.constant(kernel, tf.float32), tf.constant(bias, tf.float32)
         totals = np.zeros(len(SUMS))
         # The loss is that of classes the probe has seen: it gives no chance to others.
@@ -365,16 +374,16 @@ class _TapFit:
         counts = {"n": sums["count"], "nonfinite": sums["nonfinite"]}
         return {**{metric: measure(metric, sums) for metric in METRICS}, **counts}
 
-    def _expanded(self, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    def _expanded(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """W and b for all classes; those without training examples are never predicted."""
-        kernel = np.zeros((len(fit.kernel), self._num_classes))
+        kernel = np.zeros((len(weights) - 1, self._num_classes))
         bias = np.full(self._num_classes, UNSEEN)
-        kernel[:, self._seen], bias[self._seen] = fit.kernel, fit.bias
+        kernel[:, self._seen], bias[self._seen] = weights[:-1], weights[-1]
         return kernel, bias
 
     def probe(self) -> Probe:
         """The probe on raw features."""
-        kernel, bias = self._expanded(self._fit)
+        kernel, bias = self._expanded(self._fit.weights[0])
         kernel = self._features.scale[:, None] * kernel
         bias = bias - self._features.mean @ kernel
         return Probe(kernel.astype("float32"), bias.astype("float32"))
@@ -382,11 +391,11 @@ class _TapFit:
     def rows(self) -> list[Row]:
         """All measures."""
         fit = {
-            "l2": self._fit.l2,
-            "iterations": self._fit.iterations,
-            "objective": self._fit.objective,
-            "gradient_norm": self._fit.gradient_norm,
-            "converged": float(self._fit.converged),
+            "l2": float(self._fit.l2[0]),
+            "iterations": int(self._fit.steps[0]),
+            "objective": float(self._fit.objective[0]),
+            "gradient_norm": float(self._fit.gradient_norm[0]),
+            "converged": float(self._fit.converged[0]),
         }
         rows = []
         counts = {split: self._counts(split) for split in self._measures}
@@ -399,7 +408,7 @@ class _TapFit:
                 rows.append(
                     Row(
                         epoch=0,
-                        step=self._fit.iterations,
+                        step=int(self._fit.steps[0]),
                         split=split,
                         target=self._target,
                         tap=self._features.tap,
@@ -407,7 +416,7 @@ class _TapFit:
                         value=value,
                         n=int(measures["n"]),
                         nonfinite=int(measures["nonfinite"]),
-                        certificate=self._fit.certificate,
+                        certificate=float(self._fit.certificate[0]),
                         majority=majority,
                         chance=chance,
                         host=self._host[split] if metric == "error" else math.nan,
@@ -424,8 +433,8 @@ class _TapFit:
         errors = [f"{split} {measures['error']:.4f}" for split, measures in self._measures.items()]
         name = "" if self._target is None else f" ({self._target})"
         return (
-            f"{self._features.tap}{name}: error {', '.join(errors)}; l2 {self._fit.l2:.1e}, "
-            f"at most {self._fit.certificate:.0e} above the optimum"
+            f"{self._features.tap}{name}: error {', '.join(errors)}; l2 {self._fit.l2[0]:.1e}, "
+            f"at most {self._fit.certificate[0]:.0e} above the optimum"
         )
 
     def _check_classes(self) -> None:
@@ -447,8 +456,8 @@ class _TapFit:
     def _warn_of_distance(self, tol: float) -> None:
         warnings.warn(
             f"The probe of tap {self._features.tap!r} is not proven optimal: its objective may be "
-            f"{self._fit.certificate:.1e} above the optimum, more than tol={tol:g}, after "
-            f"{self._fit.iterations} iterations at l2={self._fit.l2:g}. Raise max_iterations or "
+            f"{self._fit.certificate[0]:.1e} above the optimum, more than tol={tol:g}, after "
+            f"{self._fit.steps[0]} steps at l2={self._fit.l2[0]:g}. Raise max_iterations or "
             "l2; a tol below 1e-12 is beyond the rounding of float64.",
             stacklevel=4,
         )

@@ -35,7 +35,8 @@ class ForwardPass:
         self._plan, self._targets, self._dtype = plan, list(targets), dtype
         self._run = self._forward
         if not plan.host.run_eagerly:
-            self._run = tf.function(self._forward, input_signature=[any_batch_size(spec)], autograph=False)
+            signature = [any_batch_size(spec)]
+            self._run = tf.function(self._forward, input_signature=signature, autograph=False)
 
     def __call__(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
         """Returns all parts of a batch.

@@ -12,7 +12,7 @@ import tensorflow as tf
 from hosts import MODES, activations, compiled, convnet, dense_net
 from keras import layers
 
-from keras_probes import GlobalAverage, LinearProbeCallback, ProbeResults, RandomFeatures, online
+from keras_probes import GlobalAverage, LinearProbeCallback, ProbeResults, RandomFeatures
 
 
 def fit(digits, probes, model=None, callbacks=(), **options):
@@ -169,9 +169,10 @@ def test_other_callbacks_see_the_keys_in_any_order(digits, tmp_path, ours_first,
 
 
 def test_early_stopping_stops_by_a_probe(digits):
-    # The wrong way round: it stops once the error falls.
+    # The wrong way round: it stops once the error falls, as it does where nothing is refitted.
     stop = keras.callbacks.EarlyStopping("val_probe_error/input", mode="max", patience=0)
-    _, history = fit(digits, LinearProbeCallback("input"), callbacks=[stop], epochs=5)
+    probes = LinearProbeCallback("input", refit=0)
+    _, history = fit(digits, probes, callbacks=[stop], epochs=5)
     assert len(history.history["loss"]) == 2
 
 
@@ -530,7 +531,10 @@ def test_steps_that_shared_probes_cannot_read(digits, two_views):
         ({"metrics": "error"}, ["sequence", "'error'"]),
         ({"seed": None}, ["seed", "None"]),
         ({"mode": "share"}, ["mode", "'shared'", "'share'"]),
-        ({"every": 0}, ["every", "from 1", "0"]),
+        ({"every": 0}, ["every", "auto", "positive integer", "0"]),
+        ({"every": "often"}, ["every", "auto", "often"]),
+        ({"refit": -0.1}, ["refit", "share", "-0.1"]),
+        ({"refit": True}, ["refit", "True"]),
         ({"baselines": "shuffled"}, ["sequence", "'shuffled'"]),
         ({"baselines": ["random"]}, ["baselines", "'shuffled'", "'initial'", "'random'"]),
         ({"every": 2.0}, ["every", "2.0"]),
@@ -619,22 +623,6 @@ def test_too_much_memory_says_how_much_and_what_helps(digits):
         assert part in str(raised.value)
 
 
-@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}])
-def test_probes_that_wait_for_the_hosts_update_find_the_same(digits, monkeypatch, options):
-    ends = []
-    for large in (online.LARGE, 0):
-        monkeypatch.setattr(online, "LARGE", large)
-        keras.utils.set_random_seed(0)
-        model = dense_net()
-        model.compile("adam", "sparse_categorical_crossentropy", **options)
-        _, history = fit(digits, LinearProbeCallback(), model, epochs=1)
-        ends.append((model, {key: values[0] for key, values in history.history.items()}))
-    (model, history), (other, of_other) = ends
-    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
-    assert history == pytest.approx(of_other, rel=1e-3)
-
-
 def test_unknown_static_shapes(digits):
     model = keras.Sequential(
         [keras.Input((None, None, 1)), layers.Conv2D(4, 3, name="conv"),
@@ -710,8 +698,9 @@ def test_results_know_what_was_asked_and_by_which_versions(digits, tmp_path):
         "target": "digit: None, odd: "
         "test_results_know_what_was_asked_and_by_which_versions.<locals>.<lambda>",
         "num_classes": "odd: 2",
-        "every": 1,
+        "every": "auto",
         "seed": 0,
+        "refit": 0.25,
         "mode": "isolated",
     }
     assert probes.results.versions["keras"] == keras.__version__

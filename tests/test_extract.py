@@ -15,7 +15,6 @@ from hosts import activations, compiled, convnet, dense_net, fingerprint
 
 from keras_probes import (
     FeatureStore,
-    LearnedProjection,
     LinearProbeCallback,
     SpatialPool,
     Token,
@@ -309,7 +308,6 @@ def bad_input():
         "dtype": ((x, y), {"dtype": "int8"}, "Expected dtype to be one of"),
         "worker": ((x, y), {"worker": (2, 2)}, "worker i of n"),
         "layer": ((x, y), {"layers": "dens"}, "Did you mean 'dense'"),
-        "learned": ((x, y), {"reduce": LearnedProjection(5)}, "LearnedProjection.*'input'"),
     }
 
 

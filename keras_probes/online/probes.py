@@ -7,8 +7,8 @@ observer that `taps.capture` calls; the callback decides when.
 import dataclasses
 import math
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -26,7 +26,7 @@ from keras_probes.probes.targets import (
     named_targets,
     resolve_targets,
 )
-from keras_probes.results import Node, Refit, TapInfo, name_of_baseline
+from keras_probes.results import Node, TapInfo, name_of_baseline
 from keras_probes.taps.capture import Kind, Part
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.record import Recording
@@ -69,15 +69,18 @@ class OnlineProbes:
     Args:
         host: The model.
         settings: What to probe and how.
+
+    Attributes:
         memory_limit: Bytes all probes together may take.
     """
 
-    def __init__(self, host: keras.Model, settings: Settings, memory_limit: int):
+    memory_limit: int
+
+    def __init__(self, host: keras.Model, settings: Settings):
         self.host = host
         self.isolated = settings.isolated
         self.targets: list[Target] = []
         self._settings = settings
-        self._memory_limit = memory_limit
         self._plan: TapPlan | None = None
         self._snapshots: list[Snapshot] = []
         self._model: keras.Model | None = None
@@ -213,9 +216,7 @@ class OnlineProbes:
 
     def part_in(self, batch: int) -> Part:
         """What part to take in the step that begins with this batch of the epoch."""
-        self._turn, rest = divmod(
-            batch // self.host.steps_per_execution, self._resolved_every()
-        )
+        self._turn, rest = divmod(batch // self.host.steps_per_execution, self._resolved_every())
         if rest:
             return "rest"
         return "keep" if self._refitter.wants(self._turn) else "observe"
@@ -234,6 +235,7 @@ class OnlineProbes:
             self._pending = state
             return
         variables = self._variables()
+        state = _of_today(state, variables)
         shapes = {name: tuple(v.shape) for name, v in variables.items()}
         given = {name: array.shape for name, array in state.items()}
         if shapes != given:
@@ -343,7 +345,7 @@ class OnlineProbes:
         by_target = (snapshot.probes.sums(kind) for snapshot in self._snapshots)
         return {target: by_tap for sums in by_target for target, by_tap in sums.items()}
 
-    def end_pass(self, kind: Kind, progress: Progress = lambda text: None) -> Measured:
+    def end_pass(self, kind: Kind, progress: Progress) -> Measured:
         """Ends an epoch of training, and refits the probes, or ends an evaluation.
 
         Args:
@@ -379,11 +381,11 @@ class OnlineProbes:
 
     def _check_memory(self) -> None:
         memory = {tap: size for tap, (_, size) in self.sizes().items()}
-        if sum(memory.values()) > self._memory_limit:
+        if sum(memory.values()) > self.memory_limit:
             largest = max(memory, key=memory.__getitem__)
             raise ValueError(
                 f"The probes would take {mebibytes(sum(memory.values()))}, more than the limit of "
-                f"{mebibytes(self._memory_limit)}; most of it {largest!r}, with "
+                f"{mebibytes(self.memory_limit)}; most of it {largest!r}, with "
                 f"{self.plan.n_features[largest]:,} features: {mebibytes(memory[largest])}. Keep "
                 'fewer features with reduce="gap" or reduce="auto" (at most 1,000 a tap), choose '
                 "fewer layers, or set memory_limit on the callback, in bytes."
@@ -401,6 +403,22 @@ def _described(value: Any) -> Any:
     if isinstance(value, keras.Operation):
         return f"{type(value).__name__} {value.name}"
     return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _of_today(
+    state: Mapping[str, np.ndarray], variables: Mapping[str, keras.Variable]
+) -> dict[str, np.ndarray]:
+    """A state as it is saved now, of one that may have been saved before there was a refit."""
+    if "refit_at" in state:
+        return dict(state)
+    gone = ("updates", "loss", "initial/updates", "initial/loss")
+    kept = {name: array for name, array in state.items() if name not in gone}
+    new = ("l2", "certificates", "refit_at")
+    return kept | {
+        name: np.array(variable.numpy())
+        for name, variable in variables.items()
+        if name.split("/")[-1] in new or "labels/" in name
+    }
 
 
 def _takes_x(host: keras.Model, recording: Recording, x: Any) -> bool:

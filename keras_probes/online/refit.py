@@ -1,7 +1,7 @@
 """The refit at an epoch's end: on which examples, how far, and what it came to.
 
-In: batches of an epoch, and the probes that trained on it. Out: probes at their optimum for the host
-as it is, and a `Refit` that says so.
+In: batches of an epoch, and the probes that trained on it. Out: probes at their optimum for the
+host as it is, and a `Refit` that says so.
 
 What a refit may cost is a share of what the host's own epoch cost, counted in multiplications: the
 same on every machine, and in a run that was killed and resumed. The sample is as large as that
@@ -70,7 +70,7 @@ class Refitter:
         self._sample.begin(epoch)
 
     def wants(self, step: int) -> bool:
-        """Whether to be shown the batches of this step, from 0, of those the probes take part in."""
+        """Whether to be shown the batches of this step: a number, from 0, among the probes' own."""
         return not self.reason and self._sample.wants(step)
 
     def keep(

@@ -66,6 +66,8 @@ class Sample:
             n: Number of examples, no more than are kept.
         """
         batches = [batch for _, of_step in self._kept for batch in of_step]
+        if n >= len(self):
+            return batches
         order = np.random.default_rng((self._seed, self._epoch)).permutation(len(batches))
         return list(_cut([batches[place] for place in order], n))
 

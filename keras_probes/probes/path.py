@@ -28,6 +28,7 @@ def walk(
     step: int = 1,
     patience: int = 1,
     both: bool = True,
+    gain: float = 0.0,
 ) -> np.ndarray:
     """Walks downhill from where it starts, for T probes side by side.
 
@@ -38,15 +39,17 @@ def walk(
         step: How many places to go at a time; negative towards the stronger penalties.
         patience: How many losses in a row may be higher than the one before.
         both: Whether to try the other direction where the first one finds nothing better.
+        gain: By how much a loss has to be lower than that of the start to be taken for better.
 
     Returns:
         The place of the lowest loss, shape (T,).
     """
     best, at = start.copy(), start.copy()
-    lowest = last = trial(at, np.ones(len(start), bool))
+    last = trial(at, np.ones(len(start), bool))
+    lowest = last - gain
     for direction in (step, -step)[: 1 + both]:
         walking = best == start
-        at, last = np.where(walking, start, at), np.where(walking, lowest, last)
+        at, last = np.where(walking, start, at), np.where(walking, lowest + gain, last)
         rises = np.zeros(len(start), int)
         while True:
             following = at + direction
@@ -107,4 +110,5 @@ def choose_penalty(
         lowest = np.where(better, losses, lowest)
         return losses
 
-    return walk(trial, begin, len(penalties), **walking), best
+    places = walk(trial, begin, len(penalties), **walking)
+    return places, best

@@ -145,9 +145,8 @@ class ProbeSet:
 
     def sizes(self) -> list[tuple[int, int]]:
         """Number of features and of classes of each probe."""
-        return [
-            (heads.n_features, heads.num_classes) for heads in self._heads() for _ in range(heads.n_taps)
-        ]
+        each = [heads for heads in self._heads() for _ in range(heads.n_taps)]
+        return [(heads.n_features, heads.num_classes) for heads in each]
 
     def refit_cost(self) -> tuple[int, int]:
         """What a refit costs for one example, in multiplications: once, and with each pass."""
@@ -163,7 +162,7 @@ class ProbeSet:
         kept: float,
         passes: int,
         epoch: int = 0,
-        progress: Callable[[str], None] = lambda text: None,
+        progress: Callable[[str], None] | None = None,
     ) -> None:
         """Takes every probe to its optimum on a sample, as far as the passes allow.
 
@@ -190,7 +189,8 @@ class ProbeSet:
                 z, finite = self._sampled(at, places, [features[tap] for tap in taps])
                 for target, heads in group.heads.items():
                     counts = finite * weights[target] * tf.cast(labels[target] >= 0, tf.float32)
-                    progress(f"{len(found)} of {total}")
+                    if progress is not None:
+                        progress(f"{len(found)} of {total}")
                     done = _refit(heads, places, z, labels[target], counts, kept, passes, epoch)
                     found.update({(target, taps[i]): certificates for i, certificates in done})
         nothing = (np.nan, np.nan)
@@ -200,7 +200,7 @@ class ProbeSet:
     def _sampled(
         self, group: int, places: Sequence[int], features: Sequence[tf.Tensor]
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """z of some taps of a group, and which examples count, with statistics of the sample."""
+        """Z of some taps of a group, and which examples count, with statistics of the sample."""
         zs, finites = [], []
         for place, x in zip(places, features, strict=True):
             # One such feature makes the sum another.
@@ -272,7 +272,8 @@ class ProbeSet:
     def sums(self, kind: Literal["train", "test"]) -> Sums:
         """Returns `sums[target][tap][name]` since the last reset, for the names in `SUMS`."""
         rows = self._sums[kind].value.numpy().tolist()
-        found = {key: dict(zip(SUMS, row, strict=True)) for key, row in zip(self._keys(), rows)}
+        pairs = zip(self._keys(), rows, strict=True)
+        found = {key: dict(zip(SUMS, row, strict=True)) for key, row in pairs}
         return {t: {tap: found[t, tap] for tap in self.taps} for t in self.targets}
 
     def certificates(self, kind: Literal["train", "test"]) -> dict[tuple[str | None, str], float]:
@@ -371,8 +372,8 @@ def _refit(
     Yields:
         The place among these, and the certificates before and after.
     """
-    some = np.flatnonzero(np.count_nonzero(weights.numpy(), axis=1) > 1)
-    if not len(some):
+    some = np.flatnonzero(np.count_nonzero(weights.numpy(), axis=1) > 1).tolist()
+    if not some:
         return
     if len(some) < len(places):
         z, weights = tf.gather(z, some), tf.gather(weights, some)
@@ -384,4 +385,4 @@ def _refit(
     )  # fmt: skip
     heads.restart(at, result.weights, result.l2)
     for i, before, after in zip(some, result.before, result.after, strict=True):
-        yield int(i), (float(before), float(after))
+        yield i, (float(before), float(after))

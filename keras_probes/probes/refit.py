@@ -7,8 +7,8 @@ minimise
 
 where w is W and b, v what they were, and `kept` the share of the epoch's examples that are in the
 sample: what the others have taught a probe stays, and where all are in it, they alone decide. The
-penalty is chosen as `fit_probes` chooses it, by an eighth of the sample that is drawn by seed. It is
-chosen without v, since v was trained on that eighth too.
+penalty is chosen as `fit_probes` chooses it, by an eighth of the sample that is drawn by seed, and
+without v, since v was trained on that eighth too.
 
 `benchmarks/tracking.py` shows how near that comes to the optimum on all examples, and
 `benchmarks/fit_cost.py` what it costs.
@@ -25,7 +25,8 @@ from keras_probes.probes.solver import RANK, Problem, fit_softmax, objective
 TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
 SEARCH_TOL = 2e-2  # the same while penalties are compared
 HELD_OUT = 8  # one example in so many chooses the penalty
-NEAR = 3.0  # how much more than 0 an earlier probe says of where the optimum is
+NEAR = 10.0  # how much more than 0 an earlier probe says of where the optimum is
+GAIN = 5e-3  # nats on the eighth that another penalty has to bring; less is luck
 FIRST_PENALTY = 8  # place in the row where the first search begins
 FIRST_STEP = 2  # places at a time in the first search
 
@@ -115,6 +116,7 @@ def refit(
         # A penalty moves slowly: one neighbour is looked at in an epoch, by turns.
         step=(-1) ** epoch if known else FIRST_STEP,
         both=not known,
+        gain=GAIN if known else 0.0,
     )
     chosen, others_say = PENALTIES[places], NEAR * (1.0 - kept)
     l2, share = chosen * (kept + others_say), others_say / (kept + others_say)

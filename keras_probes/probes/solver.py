@@ -8,9 +8,9 @@ that sum to S; u_i = z_i W + b, p_i = softmax(u_i). Minimise over W in R^(d x K)
 
     F(W, b) = 1/S sum_i s_i (logsumexp(u_i) - u_i[y_i]) + l2/2 (|W - A|^2 + |b - a|^2)
 
-where the centre is A = 0, a = the log of the class frequencies: what a probe says that knows nothing
-of the features. Where there is an earlier probe to stay near, the centre lies between the two. With
-R_i = s_i (p_i - e[y_i]) the gradients are
+where the centre is A = 0, a = the log of the class frequencies: what a probe says that knows
+nothing of the features. Where there is an earlier probe to stay near, the centre lies between the
+two. With R_i = s_i (p_i - e[y_i]) the gradients are
 
     dF/dW = Z'R / S + l2 (W - A),   dF/db = 1'R / S + l2 (b - a).
 
@@ -46,11 +46,13 @@ Block: TypeAlias = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
 PAIRS = 10  # that L-BFGS keeps
 RANK = 64  # of the sketch of Z'SZ
+SMOOTHING = 0.5  # examples more of each class: the log of none is nothing to pull to
 MIN_CURVATURE = 1e-7  # of a class; below, float32 can't tell
 SAFETY = 0.2  # the estimated distance from the optimum is up to a few times too small
 MAX_BACKTRACKS = 20
 _ARMIJO = 1e-4
-_ROUNDING = {"float32": 3e-8, "float64": 1e-15}  # relative error of F
+_ROUNDING = {"float32": 3e-8, "float64": 1e-15}  # relative error of F from point to point
+_ERROR = {"float32": 1e-7, "float64": 1e-15}  # relative error of F at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +95,11 @@ class _Point:
     def objective(self) -> np.ndarray:
         return self.loss + self.penalty
 
-    def bound(self, l2: np.ndarray) -> np.ndarray:
-        """How far F can be above its optimum, by this point alone."""
-        return _inner(self.gradient, self.gradient) / (2 * l2)
-
     def where(self, taken: np.ndarray, other: "_Point") -> "_Point":
         """This point for the probes that are `taken`, `other` for the rest."""
-        return _Point(*(_chosen(taken, *of) for of in zip(_arrays(self), _arrays(other))))
+        return _Point(
+            *(_chosen(taken, *of) for of in zip(_arrays(self), _arrays(other), strict=True))
+        )
 
 
 class Problem:
@@ -127,12 +127,11 @@ class Problem:
             maxlen=PAIRS
         )
         self._blocks = blocks
-        # Half an example more of each class: the log of none is nothing to pull to.
-        self._counts = np.full((taps, classes), 0.5)
+        self._counts = np.full((taps, classes), SMOOTHING)
         for _, labels, weights in blocks:
             of_class = tf.one_hot(labels, classes, dtype=tf.float64)
             self._counts += tf.matmul(tf.cast(weights, tf.float64), of_class).numpy()
-        self.total = self._counts.sum(axis=1) - classes / 2
+        self.total = self._counts.sum(axis=1) - classes * SMOOTHING
         self.basis = basis or Basis.of(self._read(), features, self.total)
 
     def guess(self) -> np.ndarray:
@@ -254,6 +253,16 @@ class _Descent:
             weights, loss, of_loss, np.maximum(curvature, MIN_CURVATURE), penalty, gradient
         )
 
+    def lower_bound(self, point: _Point) -> np.ndarray:
+        """A number that F is nowhere below, by what is known at a point."""
+        below = _inner(point.gradient, point.gradient) / (2 * self.l2)
+        # F is known up to rounding. Neither part of it is below 0.
+        return np.maximum(point.objective * (1 - _ERROR[self.dtype]) - below, 0.0)
+
+    def distance(self, point: _Point, lower: np.ndarray) -> np.ndarray:
+        """How far F at a point can be above its optimum, by a lower bound of that."""
+        return np.maximum(point.objective * (1 + _ERROR[self.dtype]) - lower, 0.0)
+
     def learn(self, before: _Point, after: _Point, taken: np.ndarray) -> None:
         """Keeps what a step tells of the curvature of the loss; nothing of those not taken."""
         step, change = after.weights - before.weights, after.of_loss - before.of_loss
@@ -330,7 +339,7 @@ def fit_softmax(
     """
     descent, last = _Descent(problem, l2, near, share), problem.passes + max_passes
     l2, point = descent.l2, descent.at(problem.guess() if start is None else start)
-    lower = np.maximum(point.objective - point.bound(l2), 0.0)
+    lower = descent.lower_bound(point)
     steps, backtracks = np.zeros(len(l2), int), np.zeros(len(l2), int)
     length, renew = np.ones(len(l2)), np.ones(len(l2), bool)
     moving = np.ones(len(l2), bool) if only is None else only.copy()
@@ -340,10 +349,9 @@ def fit_softmax(
         if (moving & renew).any():
             direction = _chosen(renew, descent.direction(point), direction)
         slope = _inner(point.gradient, direction)
+        certificate = descent.distance(point, lower)
         # Half the slope is what a parabola of this curvature has left to fall.
-        near = slope / 2 <= SAFETY * tol
-        if certify:
-            near = point.objective - lower <= tol
+        near = certificate <= tol if certify else slope / 2 <= SAFETY * tol
         # A fall much below the rounding of F is no way on.
         rounding = _ROUNDING[descent.dtype] * np.abs(point.objective)
         stuck = (slope / 2 <= 1e-2 * rounding) | (backtracks >= MAX_BACKTRACKS)
@@ -367,9 +375,7 @@ def fit_softmax(
         fallen = rise <= -_ARMIJO * length * slope
         flat = (rise <= rounding) & (-slope_there <= (1 - 2 * _ARMIJO) * slope)
         taken = advance & (fallen | flat)
-        lower = np.where(
-            advance, np.maximum(lower, tried.objective - tried.bound(l2)), lower
-        )
+        lower = np.where(advance, np.maximum(lower, descent.lower_bound(tried)), lower)
         if taken.any():
             descent.learn(point, tried, taken)
             point = tried.where(taken, point)
@@ -380,14 +386,12 @@ def fit_softmax(
         backtracks = np.where(taken, 0, backtracks + advance)
         steps += taken
         renew = taken
-    above = point.objective - lower
     return Fit(
         weights=point.weights,
         l2=l2,
         objective=point.objective,
         gradient_norm=np.sqrt(_inner(point.gradient, point.gradient)),
-        # F is known up to rounding, and no better is its distance from anything.
-        certificate=np.maximum(above, 0.0) + 1e-15 * np.abs(point.objective),
+        certificate=certificate,
         lower=lower,
         steps=steps,
         converged=near,

@@ -69,8 +69,8 @@ class Observer(Protocol):
         """Takes in one batch; runs within a traced step."""
 
 
-# Ends an epoch or an evaluation: takes which of the two and the host's own logs, and returns numbers
-# to add to these.
+# Ends an epoch or an evaluation: takes which of the two and the host's own logs, and returns
+# numbers to add to these.
 EndPass = Callable[[Kind, Mapping[str, Any]], Mapping[str, float]]
 
 

@@ -17,7 +17,6 @@ def test_names():
         "FeatureStore",
         "Flatten",
         "GlobalAverage",
-        "LearnedProjection",
         "LinearProbeCallback",
         "ProbeResults",
         "RandomFeatures",

@@ -8,9 +8,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 from keras_probes.probes import heads
-from keras_probes.probes.heads import ProjectedHeads, SoftmaxHeads, Standardize, residual_of
+from keras_probes.probes.heads import SoftmaxHeads, Standardize, residual_of
 from keras_probes.probes.optimizer import LEARNING_RATE, own_optimizer
-from keras_probes.probes.probe_set import ProbeSet, Width, parameters_of
+from keras_probes.probes.probe_set import ProbeSet, parameters_of
 
 RNG = np.random.default_rng(1)
 
@@ -23,8 +23,7 @@ def _fresh_rng():
 
 
 def probe_set(n_features, num_classes=3, optimizer=None):
-    widths = {tap: n if isinstance(n, Width) else Width(n) for tap, n in n_features.items()}
-    return ProbeSet(widths, {None: num_classes}, own_optimizer(optimizer))
+    return ProbeSet(n_features, {None: num_classes}, own_optimizer(optimizer))
 
 
 def show(method, features, labels, weights=None):
@@ -44,22 +43,8 @@ def blobs(n=600, n_features=5, num_classes=3, scale=1.0):
     return (scale * x).astype("float32"), labels
 
 
-def logits_by_hand(layer, z, kernel, bias, projection=None):
-    if projection is not None:
-        z = z @ projection * (0.1 / np.sqrt(layer.rank))
-    return z @ kernel + bias
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: SoftmaxHeads(n_taps=2, n_features=4, num_classes=3),
-        lambda: ProjectedHeads(n_taps=2, n_features=4, num_classes=3, rank=2, seed=0),
-    ],
-    ids=["full", "projected"],
-)
-def test_gradients_by_finite_differences(make):
-    layer = make()
+def test_gradients_by_finite_differences():
+    layer = SoftmaxHeads(n_taps=2, n_features=4, num_classes=3)
     layer.kernel.assign(RNG.normal(size=layer.kernel.shape))
     layer.bias.assign(RNG.normal(size=layer.bias.shape))
     z = RNG.normal(size=(2, 6, 4)).astype("float32")
@@ -68,7 +53,7 @@ def test_gradients_by_finite_differences(make):
     weight[1, 0] = 0
 
     def objective(*variables):
-        logits = logits_by_hand(layer, z.astype("float64"), *variables)
+        logits = z.astype("float64") @ variables[0] + variables[1]
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         per_example = -log_p[:, np.arange(5), labels[:5]] * weight[:, :5]
         return per_example.sum() / 6 + 0.3 / 2 * np.sum(variables[0] ** 2)
@@ -87,29 +72,36 @@ def test_gradients_by_finite_differences(make):
             assert float(gradient[index]) == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6)
 
 
-def test_of_many_steps_one_in_eight_takes_statistics_and_averages():
-    x, labels = blobs(n=160 * 10)
+def test_predictions_are_by_the_average_of_the_last_steps():
+    x, labels = blobs(n=60 * 10)
     probes = probe_set({"tap": 5})
     (layer,) = probes._heads()
-    statistics = Standardize([(1, 5)])
     mean = np.zeros(layer.kernel.shape)
-    for step in range(1, 161):
+    for step in range(1, 61):
         part = slice(10 * step - 10, 10 * step)
         show(probes.train, {"tap": x[part]}, labels[part])
         rate = max(9 / (step + 8), 1 / heads.HORIZON)
-        times = 1 if step < 128 else 8 if step % 8 == 0 else 0
-        if times:
-            update(statistics, x[part], times)
-        mean += (1 - (1 - rate) ** times) * (np.asarray(layer.kernel) - mean)
+        mean += rate * (np.asarray(layer.kernel) - mean)
         np.testing.assert_allclose(layer.mean_kernel, mean, rtol=1e-4, atol=1e-6)
-        for name in ("mean", "variance", "reach"):
-            got, expected = (getattr(of, name) for of in (probes._standardize, statistics))
-            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def update(layer, batch, times=1.0):
+def test_a_step_descends_on_the_penalty_of_the_last_refit():
+    x, labels = blobs(64)
+    moved = []
+    for l2 in (0.0, 0.5):
+        probes = probe_set({"tap": 5}, optimizer=keras.optimizers.SGD(1.0))
+        (layer,) = probes._heads()
+        layer.kernel.assign(np.ones(layer.kernel.shape))
+        layer.l2.assign([[[l2]]])
+        show(probes.train, {"tap": x}, labels)
+        moved.append(np.asarray(layer.kernel))
+    # Without one it is a share of the examples seen so far.
+    np.testing.assert_allclose(moved[0] - moved[1], 0.5 - 1 / 64, rtol=1e-4)
+
+
+def update(layer, batch):
     """Takes a batch, all of it finite, into the statistics of one tap."""
-    layer.update([tf.constant(batch[None])], tf.ones((1, len(batch))), times)
+    layer.update([tf.constant(batch[None])], tf.ones((1, len(batch))))
 
 
 def test_standardize_follows_the_weighted_statistics_of_its_batches():
@@ -237,10 +229,10 @@ def test_training_comes_close_to_the_optimum_whatever_the_scale(scale):
 
 
 def test_folded_weights_equal_the_layers_predictions():
-    probes = probe_set({"a": 5, "b": 5, "c": 2, "d": Width(5, rank=2)})
+    probes = probe_set({"a": 5, "b": 5, "c": 2})
     for _ in range(5):
         x, labels = blobs(64)
-        features = {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3, "d": x}
+        features = {"a": x, "b": x[:, ::-1] * 7, "c": x[:, :2] - 3}
         show(probes.train, features, labels)
     outputs = probes.outputs({k: tf.constant(np.ascontiguousarray(v)) for k, v in features.items()})
     for tap, feature in features.items():
@@ -251,30 +243,10 @@ def test_folded_weights_equal_the_layers_predictions():
         np.testing.assert_allclose(outputs[None][tap], p, rtol=1e-4, atol=1e-6)
 
 
-def test_a_learned_projection_comes_close_to_the_full_probe():
-    x, labels = blobs(2000, n_features=40, num_classes=6)
-    probes = probe_set({"full": 40, "narrow": Width(40, rank=5)}, num_classes=6)
-    for _ in range(4):
-        for start in range(0, 2000, 50):
-            batch = x[start : start + 50]
-            show(probes.train, {"full": batch, "narrow": batch}, labels[start : start + 50])
-    show(probes.test, {"full": x, "narrow": x}, labels)
-    loss = {
-        tap: sums["weighted_loss"] / sums["weight"]
-        for tap, sums in probes.sums("test")[None].items()
-    }
-    # Five dimensions are enough for six classes.
-    assert loss["narrow"] == pytest.approx(loss["full"], abs=0.02)
-    kernel, _ = probes.weights("narrow", None)
-    assert kernel.shape == (40, 6)
-    assert np.linalg.matrix_rank(kernel, tol=1e-4) == 5
-
-
-def test_parameters_of_a_learned_projection():
-    probes = probe_set({"tap": Width(40, rank=5)})
-    (group,) = probes._groups
+def test_number_of_parameters():
+    (group,) = probe_set({"tap": 40})._groups
     count = sum(int(np.prod(v.shape)) for v, _ in group.heads[None].averaged)
-    assert count == parameters_of(Width(40, 5), 3) == 40 * 5 + 5 * 3 + 3
+    assert count == parameters_of(40, 3) == 40 * 3 + 3
 
 
 def test_stacked_taps_train_as_they_would_alone():
@@ -344,7 +316,7 @@ def test_examples_without_a_label_are_left_out():
 
 def test_several_targets_share_the_features():
     x, labels = blobs(64)
-    probes = ProbeSet({"a": Width(5)}, {"all": 3, "is_zero": 2}, own_optimizer(None))
+    probes = ProbeSet({"a": 5}, {"all": 3, "is_zero": 2}, own_optimizer(None))
     both = {"all": tf.constant(labels, "int32"), "is_zero": tf.constant(labels == 0, "int32")}
     weights = {name: tf.ones(64) for name in both}
     for _ in range(5):

@@ -28,7 +28,7 @@ class Watcher(keras.callbacks.Callback):
 
     def join(self, kind):
         self.joint = Joint.at(self.model) or Joint(self.model)
-        self.joint.attach(kind, self, self.run)
+        self.joint.attach(kind, self, self.end_pass, self.run)
 
     def on_train_begin(self, logs=None):
         self.join("train")
@@ -65,7 +65,7 @@ class Watcher(keras.callbacks.Callback):
         self.total.assign_add(tf.reduce_sum(tensor))
         self.examples.assign_add(tf.shape(tensor)[0])
 
-    def logs(self, kind, of_host):
+    def end_pass(self, kind, of_host):
         self.ended.append((kind, int(self.examples)))
         self.examples.assign(0)
         return {"watched": float(self.total)}

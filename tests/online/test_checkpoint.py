@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from hosts import compiled, convnet, dense_net
 
-from keras_probes import LearnedProjection, LinearProbeCallback, RandomFeatures
+from keras_probes import LinearProbeCallback, RandomFeatures
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -26,7 +26,7 @@ def same_results(ours, theirs):
 @pytest.fixture(scope="module")
 def trained(digits):
     model = compiled(convnet())
-    reduce = {"conv": RandomFeatures(50), "dense": LearnedProjection(5)}
+    reduce = {"conv": RandomFeatures(50), "dense": "flatten"}
     probes = LinearProbeCallback(
         ["conv", "dense"], reduce=reduce, optimizer=keras.optimizers.Adam(0.05), mode="isolated"
     )
@@ -166,7 +166,7 @@ import keras, numpy as np
 from sklearn.datasets import load_digits
 from keras import layers
 from hosts import compiled
-from keras_probes import LearnedProjection, LinearProbeCallback, RandomFeatures
+from keras_probes import LinearProbeCallback, RandomFeatures
 
 directory, kill_at, ours_first, validated = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4]
 bunch = load_digits()
@@ -197,7 +197,7 @@ model = compiled(keras.Sequential([
     layers.Dense(16, activation="relu", name="dense"),
     layers.Dense(10, activation="softmax", name="out"),
 ]))
-reduce = {"conv": RandomFeatures(300), "dense": LearnedProjection(4)}
+reduce = {"conv": RandomFeatures(300), "dense": "flatten"}
 probes = LinearProbeCallback(["conv", "dense"], reduce=reduce, backup_dir=f"{directory}/probes")
 theirs = keras.callbacks.BackupAndRestore(f"{directory}/host")
 # What is killed at an epoch's end is killed between the two.

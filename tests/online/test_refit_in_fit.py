@@ -1,14 +1,15 @@
-"""Probes that are settled at the end of each epoch, and `refit`: what it brings, what it says."""
+"""The refit at the end of each epoch, and `refit`: what they bring, what they say."""
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from hosts import MODES, compiled
+from hosts import MODES, compiled, convnet
 from keras import layers
 
 from keras_probes import LinearProbeCallback, extract_features, fit_probes
+from keras_probes.online import sample
 
 TAPS = ["norm", "pool", "dense"]
 
@@ -31,23 +32,21 @@ def host():
     )
 
 
-def fitted(model, *data, sample_memory=None, **options):
-    probes = LinearProbeCallback(TAPS, reduce={"norm": "gap", "*": "flatten"})
-    if sample_memory is not None:
-        probes.sample_memory = sample_memory
+def fitted(model, *data, refit=0.25, **options):
+    probes = LinearProbeCallback(TAPS, reduce={"norm": "gap", "*": "flatten"}, refit=refit)
     model.fit(*data, callbacks=[probes], verbose=0, **options)
     return probes
 
 
 @pytest.fixture(scope="module")
-def settled_and_not(digits, tmp_path_factory):
+def refitted_and_not(digits, tmp_path_factory):
     """Results of both, and of the optimal probes of the same host, after two epochs."""
     (x, y), validation = digits
     found = {}
-    for name, memory in (("settled", None), ("not", 0)):
+    for name, share in (("refitted", 0.25), ("not", 0)):
         keras.utils.set_random_seed(7)
         model = host()
-        probes = fitted(model, x, y, 16, 2, sample_memory=memory, validation_data=validation)
+        probes = fitted(model, x, y, 16, 2, refit=share, validation_data=validation)
         found[name] = probes.results
     stores = [
         extract_features(
@@ -60,21 +59,21 @@ def settled_and_not(digits, tmp_path_factory):
     return found
 
 
-def test_they_are_at_the_optimum_of_the_host_as_it_is(settled_and_not):
-    errors = {name: r.table()["validation error"] for name, r in settled_and_not.items()}
+def test_they_are_at_the_optimum_of_the_host_as_it_is(refitted_and_not):
+    errors = {name: r.table()["validation error"] for name, r in refitted_and_not.items()}
     assert (errors["not"] - errors["optimal"]).min() > 0.2
-    assert (errors["settled"] - errors["optimal"]).abs().max() < 0.06
+    assert (errors["refitted"] - errors["optimal"]).abs().max() < 0.06
 
 
-def test_rows_and_table_tell_how_near(settled_and_not):
-    frame = settled_and_not["settled"].frame()
+def test_rows_and_table_tell_how_near(refitted_and_not):
+    frame = refitted_and_not["refitted"].frame()
     by_split = frame.groupby("split")["certificate"]
     assert by_split.min()["train"] > 0.05  # those that trained in the epoch
-    assert 0 < by_split.max()["validation"] < 0.01  # those that were settled at its end
-    table = settled_and_not["settled"].table()
+    assert 0 < by_split.max()["validation"] <= 0.01  # those that were refitted at its end
+    table = refitted_and_not["refitted"].table()
     assert table["converged"].all()
-    assert not settled_and_not["not"].frame()["certificate"].notna().any()
-    assert not settled_and_not["not"].table()["converged"].any()
+    assert not refitted_and_not["not"].frame()["certificate"].notna().any()
+    assert not refitted_and_not["not"].table()["converged"].any()
 
 
 def test_without_validation_the_table_marks_them(digits):
@@ -115,7 +114,7 @@ def test_whatever_fit_reads(digits, data, options, at_once):
     assert (frame[frame["split"] == "validation"]["certificate"] < 0.01).all()
 
 
-def test_a_certificate_is_of_the_probes_as_they_were_settled(digits):
+def test_a_certificate_is_of_the_probes_as_they_were_refitted(digits):
     (x, y), validation = digits
     model = host()
     probes = fitted(model, x, y, validation_data=validation)
@@ -132,12 +131,12 @@ def test_a_certificate_is_of_the_probes_as_they_were_settled(digits):
     assert within["certificate"].isna().all()
 
 
-def test_refit_is_the_offline_path_at_one_go(digits, settled_and_not):
+def test_refit_is_the_offline_path_at_one_go(digits, refitted_and_not):
     (x, y), validation = digits
     keras.utils.set_random_seed(7)
-    probes = fitted(host(), x, y, 16, 2, sample_memory=0, validation_data=validation)
+    probes = fitted(host(), x, y, 16, 2, refit=0, validation_data=validation)
     got = probes.refit((x, y), validation=validation, test=None, verbose=False)
-    pd.testing.assert_frame_equal(got.frame(), settled_and_not["optimal"].frame())
+    pd.testing.assert_frame_equal(got.frame(), refitted_and_not["optimal"].frame())
     fractions = probes.refit((x, y), validation=0.2, test=0.3, l2=1e-2, verbose=False)
     assert set(fractions.frame()["n"]) == {160, 64, 96}
 
@@ -186,10 +185,10 @@ def test_refit_before_fit():
         LinearProbeCallback().refit((np.zeros((4, 8, 8, 1)), np.zeros(4)))
 
 
-def test_rows_tell_what_a_guess_comes_to(settled_and_not, digits):
+def test_rows_tell_what_a_guess_comes_to(refitted_and_not, digits):
     (_, y), (_, yv) = digits
     most = np.bincount(y).argmax()
-    for results in settled_and_not.values():
+    for results in refitted_and_not.values():
         frame = results.frame()
         errors = frame[frame["metric"] == "error"].groupby("split")[["majority", "chance"]].last()
         assert errors.loc["train", "majority"] == pytest.approx(np.mean(y != most))
@@ -257,20 +256,157 @@ def test_batches_that_are_left_out_are_the_hosts_own(digits):
     assert {key: logs[1][key] for key in logs[0]} == logs[0]
 
 
-def test_with_a_thousand_classes_nothing_is_kept_and_the_table_says_so(digits):
+def test_a_thousand_classes_are_refitted_and_certified(digits):
     (x, y), validation = digits
     probes = LinearProbeCallback("pool", num_classes=1000)
-    host().fit(x, y, callbacks=[probes], validation_data=validation, verbose=0)
-    assert not probes.results.frame()["certificate"].notna().any()
-    assert not probes.results.table()["converged"].any()
+    host().fit(x, y, epochs=2, callbacks=[probes], validation_data=validation, verbose=0)
+    assert probes.results.frame()["certificate"].notna().all()
+    assert probes.results.table()["converged"].all()
+    # On every fourth batch of 32: as many as bring 128 examples each, once that is known.
+    train = probes.results.frame().query("split == 'train'")
+    assert train.groupby("epoch")["n"].first().tolist() == [3 * 32, 3 * 32]
+
+
+def test_without_a_refit_the_results_say_so(digits):
+    (x, y), validation = digits
+    probes = fitted(host(), x, y, refit=0, validation_data=validation)
+    (record,) = probes.results.refits
+    assert (record.examples, record.left_out) == (0, dict.fromkeys(TAPS, "refit=0"))
     (finding,) = [f for f in probes.results.diagnose() if f.code == "KP006"]
-    assert finding.taps == ("pool",)
+    assert finding.taps == tuple(TAPS)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "at_once"), [(320, 1), (7, 1), (16, 64)], ids=["whole", "ragged", "execution"]
+)
+def test_the_sample_always_has_something(digits, monkeypatch, batch_size, at_once):
+    """However large a step is beside the room that there is."""
+    monkeypatch.setattr(sample, "MAX_EXAMPLES", 90)
+    (x, y), validation = digits
+    model = host()
+    model.compile("adam", "sparse_categorical_crossentropy", steps_per_execution=at_once)
+    probes = fitted(model, x, y, batch_size, 2, validation_data=validation)
+    for record in probes.results.refits:
+        assert 40 <= record.examples <= 90
+        assert record.left_out == {}
+        assert record.seconds > 0
+    assert probes.results.frame()["certificate"].notna().all()
+
+
+def test_data_that_cycle_through_their_classes(digits):
+    """No class is missing among the examples that choose, or among the others."""
+    (x, y), validation = digits
+    order = np.argsort(y, kind="stable")
+    least = np.bincount(y).min()
+    order = np.stack([order[y[order] == k][:least] for k in range(10)], axis=1).ravel()
+    chosen = []
+
+    class Fit(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            (heads,) = probes._online.probes._heads()
+            chosen.append(float(heads.l2.numpy().min()))
+
+    probes = LinearProbeCallback("pool")
+    model = host()
+    model.fit(x[order], y[order], 10, 4, shuffle=False, callbacks=[probes, Fit()],
+              validation_data=validation, verbose=0)  # fmt: skip
+    assert max(chosen) < 1e-2  # with a class that only the others have, any penalty is too weak
+    assert probes.results.table().loc["pool", "validation error"] < 0.65
+
+
+def test_an_evaluate_within_a_fit_leaves_its_rows_and_its_sample_alone(digits, capsys):
+    (x, y), validation = digits
+
+    class Evaluate(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch in (1, 19):  # the last one too
+                self.model.evaluate(*validation, callbacks=[probes], verbose=1)
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.evaluate(*validation, callbacks=[probes], verbose=1)
+
+    found = []
+    for others in ([], [Evaluate()]):
+        keras.utils.set_random_seed(5)
+        probes = LinearProbeCallback(TAPS, reduce="gap")
+        history = host().fit(
+            x, y, 16, 3, callbacks=[probes, *others], shuffle=False, verbose=0,
+            validation_data=validation,
+        ).history  # fmt: skip
+        found.append((history, [record.examples for record in probes.results.refits]))
+    assert found[0] == found[1]
+    assert "at each layer" not in capsys.readouterr().out  # the fit itself was silent
+
+
+def test_a_loaded_callback_knows_certificates_and_class_frequencies(digits, tmp_path):
+    (x, y), validation = digits
+    model = host()
+    probes = fitted(model, x, y, 16, validation_data=validation)
+    model.evaluate(*validation, callbacks=[probes], verbose=0)
+    probes.save(tmp_path / "probes")
+    loaded = LinearProbeCallback.load(tmp_path / "probes")
+    model.evaluate(*validation, callbacks=[loaded], verbose=0)
+    of_test = "split == 'test'"
+    expected = probes.results.frame().query(of_test).reset_index(drop=True)
+    got = loaded.results.frame().query(of_test)[len(expected) :].reset_index(drop=True)
+    pd.testing.assert_frame_equal(got, expected)
+    assert got["certificate"].notna().all()
+    assert got["majority"].notna().all()
+
+
+def test_a_second_fit_on_fewer_examples_is_not_held_near_the_old_probe(digits):
+    """Where all examples are in the sample, they alone decide."""
+    (x, y), _ = digits
+    model = host()
+    model.trainable = False
+    probes = LinearProbeCallback("pool", reduce="gap")
+    model.fit(x, y, 16, 2, callbacks=[probes], verbose=0)
+    model.fit(x[:60], 9 - y[:60], 12, 2, callbacks=[probes], verbose=0)  # other labels, and fewer
+    fresh = LinearProbeCallback("pool", reduce="gap")
+    model.fit(x[:60], 9 - y[:60], 12, 2, callbacks=[fresh], verbose=0)
+    got, expected = (
+        of.model.evaluate(x[:60], 9 - y[:60], callbacks=[of], return_dict=True, verbose=0)
+        for of in (probes, fresh)
+    )
+    assert got["probe_loss/pool"] == pytest.approx(expected["probe_loss/pool"], abs=0.15)
+
+
+@pytest.mark.parametrize(("rate", "batch_size"), [(1e-3, 16), (1e-2, 4), (1e-4, 64)])
+def test_training_rows_are_sane(digits, rate, batch_size):
+    """A probe that validates well does not run away between two refits."""
+    (x, y), validation = digits
+    model = convnet()
+    model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy")
+    probes = LinearProbeCallback()
+    history = model.fit(
+        x, y, batch_size, 6, callbacks=[probes], validation_data=validation, verbose=0
+    ).history
+    for tap in probes.results.table().index:
+        losses = history[f"probe_loss/{tap}"]
+        assert max(losses[1:]) < 1.5 * max(np.log(10), losses[0])
+        assert history[f"probe_error/{tap}"][-1] < history[f"val_probe_error/{tap}"][-1] + 0.15
+
+
+def test_the_wait_at_an_epochs_end_shows_what_is_going_on(digits, capsys):
+    (x, y), _ = digits
+    probes = LinearProbeCallback(TAPS, reduce="gap")
+    model = host()
+    model.fit(x, y, callbacks=[probes], verbose=1)
+    printed = capsys.readouterr().out
+    assert " - refitting probes: forward pass over 320 examples" in printed
+    assert " - refitting probes: 0 of 3" in printed
+    before, after = printed.rsplit("refitting probes", 1)
+    text = " - refitting probes" + after[: after.index("\b")]
+    # Taken away again: back to its beginning, over it with spaces, and back.
+    assert after[after.index("\b") :].startswith("\b" * len(text) + " " * len(text) + "\b")
+    model.fit(x, y, callbacks=[probes], verbose=2)
+    assert "refitting" not in capsys.readouterr().out
 
 
 def test_a_control_tells_what_is_known_by_heart(digits, tmp_path):
     (x, y), validation = digits
-    probes = LinearProbeCallback(["input", "pool"], baselines=["shuffled"])
-    probes.sample_memory = 0  # settled, they would be told that nothing is to be learned
+    # Refitted, they would be told that nothing is to be learned.
+    probes = LinearProbeCallback(["input", "pool"], baselines=["shuffled"], refit=0)
     model = host()
     history = model.fit(
         x, y, 16, 6, callbacks=[probes], validation_data=validation, verbose=0

@@ -1,0 +1,253 @@
+"""The refit of probes on a sample, against SciPy and scikit-learn, and what it leaves alone."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+
+from keras_probes.probes.optimizer import own_optimizer
+from keras_probes.probes.path import PENALTIES, walk
+from keras_probes.probes.probe_set import ProbeSet
+from keras_probes.probes.refit import HELD_OUT, NEAR, SEARCH_TOL, TOL, refit
+
+
+def examples(n=400, d=5, classes=3, seed=0):
+    """Overlapping blobs; z float32, of length about 1, and labels."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(5).normal(size=(classes, d))
+    labels = rng.integers(0, classes, n)
+    z = (centres[labels] + rng.normal(size=(n, d))) / np.sqrt(d)
+    return z.astype("float32"), labels
+
+
+def refitted(z, labels, start, weights=None, l2=0.0, kept=1.0, passes=400, epoch=0):
+    weights = np.ones(len(labels), "float32") if weights is None else weights
+    return refit(
+        tf.constant(z[None]), tf.constant(labels, tf.int32), tf.constant(weights[None]),
+        start[None], np.array([l2]), kept=kept, passes=passes, epoch=epoch,
+    )  # fmt: skip
+
+
+def cross_entropy(z, labels, kernel, bias, weights=None):
+    logits = z.astype("float64") @ kernel + bias
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(z)), labels]
+    return np.average(losses, weights=weights)
+
+
+def split(w):
+    return w[:-1], w[-1]
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.2])
+@pytest.mark.parametrize("scale", [0.0, 0.3, 3.0])
+def test_both_bounds_hold_and_the_probe_is_at_its_optimum(scale, kept):
+    z, labels = examples()
+    start = scale * np.random.default_rng(1).normal(size=(6, 3))
+    found = refitted(z, labels, start, kept=kept)
+    counts = np.bincount(labels, minlength=3) + 0.5
+    guess = np.vstack([np.zeros((5, 3)), np.log(counts / counts.sum())])
+
+    def value(w):
+        pull = kept * np.sum((w - guess) ** 2) + NEAR * (1 - kept) * np.sum((w - start) ** 2)
+        return cross_entropy(z, labels, *split(w)) + found.l2[0] / 2 * pull
+
+    optimum = minimize(lambda w: value(w.reshape(6, 3)), np.zeros(18), tol=1e-9).fun
+    # Two pulls are one to the point between them, and a constant, which certificates leave out.
+    above = value(found.weights[0]) - optimum
+    assert -1e-6 < above <= found.after[0] + 1e-6
+    assert found.after[0] <= TOL
+    above_before = value(start) - optimum
+    assert above_before - 1e-6 <= found.before[0] <= above_before + found.after[0] + 1e-6
+
+
+@pytest.mark.parametrize(("n", "noise"), [(80, 0), (80, 40), (400, 40), (400, 0)])
+def test_the_penalty_is_the_one_that_does_best_on_examples_apart(n, noise):
+    z, labels = examples(n)
+    random = np.random.default_rng(4).normal(size=(n, noise)) / np.sqrt(5)
+    z = np.concatenate([z, random.astype("float32")], axis=1)
+    start, l2 = np.zeros((6 + noise, 3)), 0.0
+    for epoch in range(12):  # from the second on one neighbour is looked at in each
+        l2 = refitted(z, labels, start, l2=l2, epoch=4 * (epoch // 2) + epoch % 2).l2[0]
+    losses = []
+    for epoch in (20, 21):  # the last ones looked
+        apart = np.random.default_rng(epoch).permutation(n)[: n // HELD_OUT]
+        others = np.setdiff1d(np.arange(n), apart)
+
+        def loss_apart(penalty, others=others, apart=apart):
+            model = LogisticRegression(C=1 / (penalty * len(others)), tol=1e-8, max_iter=10000)
+            model.fit(z[others], labels[others])
+            return cross_entropy(z[apart], labels[apart], model.coef_.T, model.intercept_)
+
+        losses.append([loss_apart(l2 * 10**power) for power in (-0.5, 0, 0.5)])
+    below, here, above = np.transpose(losses)
+    assert here[0] < below[0] + SEARCH_TOL  # the even epoch looked at the weaker penalty
+    assert here[1] < above[1] + SEARCH_TOL
+
+
+def test_a_probe_without_loss_is_left_as_it_is():
+    z = np.eye(3, dtype="float32").repeat(20, axis=0)
+    labels = np.arange(3).repeat(20)
+    start = np.vstack([50 * np.eye(3), np.zeros(3)])
+    found = refitted(z, labels, start, l2=1e-8)
+    np.testing.assert_allclose(found.weights[0], start, atol=1e-2)
+    assert found.before[0] <= TOL
+
+
+def test_examples_without_weight_are_left_out():
+    z, labels = examples()
+    weights = np.random.default_rng(2).uniform(0.5, 2, 400).astype("float32")
+    weights[50:90] = 0
+    start = np.zeros((6, 3))
+    got = refitted(z, labels, start, weights)
+    z[50:90], labels[50:90] = 1e3, 0
+    expected = refitted(z, labels, start, weights)
+    np.testing.assert_allclose(got.weights, expected.weights, rtol=1e-4, atol=1e-5)
+
+
+def test_few_passes_go_as_far_as_they_get_and_the_certificate_says_how_far():
+    z, labels = examples()
+    start = 3 * np.random.default_rng(1).normal(size=(6, 3))
+    bounds = [refitted(z, labels, start, passes=passes).after[0] for passes in (2, 8, 100)]
+    assert bounds[0] > bounds[1] > TOL > bounds[2]
+
+
+def test_with_a_single_class_and_hardly_an_example_it_goes_on():
+    z, labels = examples(n=20, d=50)
+    found = refitted(z, labels, np.zeros((51, 3)))
+    assert np.isfinite(found.weights).all()
+    assert found.after[0] <= TOL
+    found = refitted(z[:2], 0 * labels[:2], np.zeros((51, 3)))
+    assert np.isfinite(found.weights).all()
+    logits = z[:2] @ found.weights[0][:-1] + found.weights[0][-1]
+    assert (logits.argmax(axis=1) == 0).all()
+
+
+def test_what_the_other_examples_have_taught_stays():
+    """With a fortieth of the epoch at hand, it is nearer to the probe of all than by that alone."""
+    z, labels = examples(4000, d=20, seed=3)
+    of_all = refitted(z, labels, np.zeros((21, 3)))
+    few, of_all_of_them = (z[:100], labels[:100]), of_all.weights[0]
+    alone, with_others = (refitted(*few, of_all_of_them, l2=1e-3, kept=kept) for kept in (1, 0.025))
+    best, of_few, both = (
+        cross_entropy(z[100:], labels[100:], *split(found.weights[0]))
+        for found in (of_all, alone, with_others)
+    )
+    assert both - best < 0.7 * (of_few - best)
+
+
+def test_a_walk_finds_the_lowest_place_of_each_probe():
+    lowest = np.array([0, 3, 9, 5])
+    tried = []
+
+    def trial(places, only):
+        tried.append(only.sum())
+        return np.abs(places - lowest).astype(float)
+
+    start = np.full(4, 4)
+    np.testing.assert_array_equal(walk(trial, start, 10), lowest)
+    np.testing.assert_array_equal(walk(trial, start, 10, both=False), [4, 4, 9, 5])
+    np.testing.assert_array_equal(walk(trial, start, 10, step=-1, both=False), [0, 3, 4, 4])
+    np.testing.assert_array_equal(walk(trial, start, 10, step=2), [0, 4, 8, 4])
+    assert tried[0] == 4
+    assert len(PENALTIES) == 17
+
+
+def test_a_walk_has_patience():
+    losses = np.array([3.0, 2.0, 2.5, 1.0, 4.0, 5.0, 0.0])
+
+    def trial(places, only):
+        return losses[places]
+
+    start = np.zeros(1, int)
+    assert walk(trial, start, 7, patience=1, both=False) == 1
+    assert walk(trial, start, 7, patience=2, both=False) == 3
+
+
+def probe_set(widths, targets=(None,)):
+    classes = targets if isinstance(targets, dict) else dict.fromkeys(targets, 3)
+    return ProbeSet(widths, classes, own_optimizer(None))
+
+
+def give(probes, method, features, labels, n, **options):
+    rows = {tap: tf.constant(x[:n]) for tap, x in features.items()}
+    labels = {target: tf.constant(y[:n], tf.int32) for target, y in labels.items()}
+    weights = {target: tf.ones(n) for target in labels}
+    return getattr(probes, method)(rows, labels, weights, **options)
+
+
+def loss(probes, features, labels, tap, target=None):
+    probes.reset_sums("test")
+    give(probes, "test", features, labels, len(labels[target]))
+    sums = probes.sums("test")[target][tap]
+    return sums["weighted_loss"] / sums["weight"]
+
+
+def test_probes_of_old_features_are_at_the_optimum_of_new_ones():
+    z, y = examples(800)
+    labels = {"a": y, "b": (y + 1) % 3}
+    probes = probe_set({"near": 5, "far": 5}, ("a", "b"))
+    old = {"near": z, "far": -3 * z - 40}
+    for _ in range(30):
+        give(probes, "train", old, labels, 64)
+    before = probes.weights("near", "a")
+    new = {"near": z, "far": 0.5 * z + 7}  # the host has moved on
+    assert loss(probes, new, labels, "far", "a") > 2
+    assert probes.certificates("test") == {}
+    give(probes, "refit", new, labels, 800, kept=1.0, passes=200)
+    now, then = probes.certificates("test"), probes.certificates("train")
+    assert set(now) == {(target, tap) for target in ("a", "b") for tap in ("near", "far")}
+    assert all(0 < bound <= TOL for bound in now.values())
+    assert then["a", "far"] > 10 * then["a", "near"]
+    best = cross_entropy(z, y, *(np.asarray(w, "float64") for w in probes.weights("near", "a")))
+    for target, tap in now:
+        assert loss(probes, new, labels, tap, target) == pytest.approx(best, abs=0.01)
+    assert not np.array_equal(probes.weights("near", "a")[0], before[0])
+
+    # The optimizer and the averages go on from there, and the certificates are of the past.
+    for heads in probes._groups[0].heads.values():
+        for variable, mean in heads.averaged:
+            np.testing.assert_array_equal(variable, mean)
+        assert (heads.l2.numpy() > 0).all()
+    x = np.concatenate([new["near"], new["far"]], axis=1)
+    np.testing.assert_allclose(probes._standardize.mean, x.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(probes._standardize.variance, x.var(0), rtol=1e-4)
+    give(probes, "train", new, labels, 64)
+    assert probes.certificates("test") == {}
+
+
+def test_only_finite_rows_count_and_a_tap_without_one_stays_as_it_was():
+    z, y = examples(100)
+    probes = probe_set({"tap": 5, "broken": 5})
+    features, labels = {"tap": z.copy(), "broken": z}, {None: y}
+    features["tap"][:10] = np.nan
+    give(probes, "train", features, labels, 100)
+    before = probes.weights("broken", None)
+    broken = {**features, "broken": np.full_like(z, np.inf)}
+    give(probes, "refit", broken, labels, 100, kept=1.0, passes=100)
+    assert set(probes.certificates("test")) == {(None, "tap")}
+    for got, expected in zip(probes.weights("broken", None), before, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    features["tap"][:10] = z[:10]
+    again = probe_set({"tap": 5})
+    give(again, "train", {"tap": features["tap"][10:]}, {None: y[10:]}, 90)
+    give(again, "refit", {"tap": features["tap"][10:]}, {None: y[10:]}, 90, kept=1.0, passes=100)
+    assert loss(probes, features, labels, "tap") == pytest.approx(
+        loss(again, {"tap": features["tap"]}, labels, "tap"), abs=0.02
+    )
+
+
+def test_many_classes_are_refitted_and_certified():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(300, 40))
+    y = rng.integers(0, 300, 1500)
+    z = (centres[y] + 0.7 * rng.normal(size=(1500, 40))).astype("float32")
+    probes = probe_set({"tap": 40}, {"many": 300, "few": 3})
+    labels = {"many": y, "few": y % 3}
+    for _ in range(10):
+        give(probes, "train", {"tap": z}, labels, 1500)
+    before = loss(probes, {"tap": z}, labels, "tap", "many")
+    give(probes, "refit", {"tap": z}, labels, 1500, kept=1.0, passes=100)
+    assert set(probes.certificates("test")) == {("many", "tap"), ("few", "tap")}
+    assert probes.certificates("test")["many", "tap"] <= TOL
+    assert loss(probes, {"tap": z}, labels, "tap", "many") < before
