@@ -82,9 +82,10 @@ class ProbeSet:
             kind: keras.Variable(np.zeros(shape), dtype="float64", name=kind, **SAME)
             for kind in ("train", "test")
         }
-        # How far probes were from their optimum at the last refit, and are, and when that was.
+        # How far probes were from their optimum at the last refit, and are, and when that was; -1
+        # where it is not known.
         self._certificates = keras.Variable(
-            np.full((shape[0], 2), np.nan), dtype="float64", name="certificates", **SAME
+            np.full((shape[0], 2), -1.0), dtype="float64", name="certificates", **SAME
         )
         self._refit_at = keras.Variable(-1.0, dtype="float32", name="refit_at", **SAME)
         # How often each class is among the labels.
@@ -193,7 +194,7 @@ class ProbeSet:
                         progress(f"{len(found)} of {total}")
                     done = _refit(heads, places, z, labels[target], counts, kept, passes, epoch)
                     found.update({(target, taps[i]): certificates for i, certificates in done})
-        nothing = (np.nan, np.nan)
+        nothing = (-1.0, -1.0)
         self._certificates.assign([found.get(key, nothing) for key in self._keys()])
         self._refit_at.assign(self._steps)
 
@@ -289,7 +290,7 @@ class ProbeSet:
             return {}
         column = self._certificates.value.numpy()[:, ("train", "test").index(kind)]
         known = zip(self._keys(), column.tolist(), strict=True)
-        return {key: bound for key, bound in known if not np.isnan(bound)}
+        return {key: bound for key, bound in known if bound >= 0}
 
     def weights(self, tap: str, target: str | None) -> tuple[np.ndarray, np.ndarray]:
         """The probe on the raw features: float32 W (n_features, num_classes), b (num_classes,)."""

@@ -143,9 +143,7 @@ def test_strategies_that_keras_does_not_support_are_refused(digits):
     (x, y), _ = digits
     with tf.distribute.experimental.CentralStorageStrategy(["CPU:0"]).scope():
         model = compiled(dense_net())
-    with pytest.raises(
-        ValueError, match="under tf.distribute.MirroredStrategy.*CentralStorageStrategy"
-    ):
+    with pytest.raises(ValueError, match="MirroredStrategy or.*CentralStorageStrategy"):
         model.fit(x, y, callbacks=[LinearProbeCallback()], verbose=0)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from hosts import MODES, compiled, convnet
+from hosts import MODES, compiled
 from keras import layers
 
 from keras_probes import LinearProbeCallback, extract_features, fit_probes
@@ -333,7 +333,8 @@ def test_an_evaluate_within_a_fit_leaves_its_rows_and_its_sample_alone(digits, c
             x, y, 16, 3, callbacks=[probes, *others], shuffle=False, verbose=0,
             validation_data=validation,
         ).history  # fmt: skip
-        found.append((history, [record.examples for record in probes.results.refits]))
+        ours = {key: values for key, values in history.items() if "probe" in key}
+        found.append((ours, [record.examples for record in probes.results.refits]))
     assert found[0] == found[1]
     assert "at each layer" not in capsys.readouterr().out  # the fit itself was silent
 
@@ -375,7 +376,15 @@ def test_a_second_fit_on_fewer_examples_is_not_held_near_the_old_probe(digits):
 def test_training_rows_are_sane(digits, rate, batch_size):
     """A probe that validates well does not run away between two refits."""
     (x, y), validation = digits
-    model = convnet()
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(8, 3, activation="relu", name="conv1"),
+            layers.Conv2D(16, 3, activation="relu", name="conv2"),
+            layers.Flatten(),
+            layers.Dense(10, activation="softmax", name="out"),
+        ]
+    )
     model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy")
     probes = LinearProbeCallback()
     history = model.fit(
@@ -383,8 +392,9 @@ def test_training_rows_are_sane(digits, rate, batch_size):
     ).history
     for tap in probes.results.table().index:
         losses = history[f"probe_loss/{tap}"]
-        assert max(losses[1:]) < 1.5 * max(np.log(10), losses[0])
-        assert history[f"probe_error/{tap}"][-1] < history[f"val_probe_error/{tap}"][-1] + 0.15
+        assert max(losses[1:]) <= 1.2 * losses[0]
+        assert losses[-1] < losses[0]
+        assert history[f"probe_error/{tap}"][-1] < history[f"val_probe_error/{tap}"][-1] + 0.05
 
 
 def test_the_wait_at_an_epochs_end_shows_what_is_going_on(digits, capsys):

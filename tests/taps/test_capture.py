@@ -129,7 +129,7 @@ def test_the_step_is_compiled_once_over_fits(digits, isolated):
     model, watcher = compiled(dense_net()), Watcher(isolated)
     model.fit(x, y, callbacks=[watcher], verbose=0)
     joint = watcher.joint
-    watcher.join = lambda kind: joint.attach(kind, watcher, watcher.run)
+    watcher.join = lambda kind: joint.attach(kind, watcher, watcher.end_pass, watcher.run)
     functions = {key: made for key, (_, made) in joint._observed.items()}
     model.fit(x, y, callbacks=[watcher], verbose=0)
     assert {key: made for key, (_, made) in joint._observed.items()} == functions
