@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers
 
 
-def convnet(shape=(28, 28, 1)):
+def convnet(shape=(28, 28, 1), classes=10):
     """The paper's MNIST convnet (section 3.5)."""
     return keras.Sequential(
         [
@@ -20,7 +20,7 @@ def convnet(shape=(28, 28, 1)):
             layers.Dense(512, name="fc1"),
             layers.ReLU(name="relu3"),
             layers.Dropout(0.5),
-            layers.Dense(10, name="fc2"),
+            layers.Dense(classes, name="fc2"),
         ]
     )
 
@@ -31,7 +31,7 @@ def mlp(depth=128, width=128):
     return keras.Sequential([keras.Input((784,)), *hidden, layers.Dense(10)])
 
 
-def resnet(shape=(32, 32, 3)):
+def resnet(shape=(32, 32, 3), classes=10):
     """A residual network of nine convolutions with BatchNormalization, and two shortcuts."""
 
     def conv(h, width, strides, name):
@@ -50,7 +50,7 @@ def resnet(shape=(32, 32, 3)):
         h = layers.Add(name=f"block{block}_add")([h, branch])
         h = layers.ReLU(name=f"block{block}")(h)
     h = layers.GlobalAveragePooling2D(name="pool")(h)
-    return keras.Model(inputs, layers.Dense(10, name="logits")(h))
+    return keras.Model(inputs, layers.Dense(classes, name="logits")(h))
 
 
 def resnet50(classes=1000):

@@ -7,12 +7,10 @@
     python benchmarks/overhead.py import
 
 `step`: in one process, variants take turns, an epoch each, so that a machine whose speed drifts
-slows all alike; the time of a step, late in training, and its ratio to the bare host's of the same
-round. Of eight steps of the probes one does more, and with many classes batches of fewer than 128
-wait for others: it is the median over stretches of batches that have all of that, once. `kept` are
-steps whose batch is kept for settling, in all others `sample_memory` is 0; `settling` is what the
-end of such an epoch takes, in steps of the bare host. `--every 8` has probes take part in every
-eighth step only. `first` and `memory`: a process for each variant and round; the first step, with
+slows all alike; the time of a step and its ratio to the bare host's of the same round. With many
+classes probes take part in some steps only: it is the median over stretches of batches that have
+one of these. `kept` are steps whose batch goes into the sample, in all others `refit` is 0;
+`refit` is what the end of such an epoch takes, in steps of the bare host. `first` and `memory`: a process for each variant and round; the first step, with
 all that is traced and compiled for it, alone and from the call of `fit`, in which the taps are
 found, and the most memory the process had in an epoch of early steps and one of late ones.
 """
@@ -34,14 +32,13 @@ from hosts import HOSTS
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from keras_probes import GlobalAverage, LinearProbeCallback, RandomFeatures
-from keras_probes.probes.probe_set import PACE, ROWS
+from keras_probes.online.probes import MANY_CLASSES
 from keras_probes.taps.graph import input_spec_of, trace
 from keras_probes.taps.select import select
 
 # How often a probe's parameters are moved in a step: Adam reads four arrays and writes three, the
-# gradient is written, two products read weights, the penalty reads two and writes one; one in eight
-# steps so does the average.
-PASSES = 13 + 3 / PACE
+# gradient is written, two products read weights, penalty and average read two and write one each.
+PASSES = 16
 
 
 VARIANTS = ("bare", "shared", "isolated", "kept", "by hand")
@@ -51,9 +48,9 @@ REDUCTIONS = {"gap": GlobalAverage, "random": lambda: RandomFeatures(seed=0)}
 class Clock(keras.callbacks.Callback):
     """Seconds of the first step, of a later one, and from the last to the epoch's end."""
 
-    def __init__(self, batch, every):
+    def __init__(self, stretch):
         super().__init__()
-        self.stretch = every * PACE * -(-ROWS // batch)  # rounded up
+        self.stretch = stretch
 
     def start(self):
         self.called = time.perf_counter()
@@ -76,7 +73,7 @@ class Clock(keras.callbacks.Callback):
         ]
         self.first, self.fit = self.ends[1] - self.began, self.ends[1] - self.called
         self.step = statistics.median(map(statistics.fmean, whole or [between[1:]]))
-        self.settling = time.perf_counter() - self.ends[-1]
+        self.refit = time.perf_counter() - self.ends[-1]
 
 
 class Variant:
@@ -96,7 +93,9 @@ class Variant:
         taps = [tap.name for tap in select(graph, layers)]
         places = np.linspace(0, len(taps) - 1, args.probes or len(taps)).round().astype(int)
         self.taps = [taps[place] for place in places]
-        self.clock = Clock(self.batch, args.every)
+        many = self.classes >= MANY_CLASSES and args.every == "auto"
+        every = round(MANY_CLASSES / self.batch) if many else args.every
+        self.clock = Clock(1 if every == "auto" else int(every))
         self.probes = None if name == "bare" else self._probes(name, args.reduce, args.every)
 
     def _probes(self, name, reduce, every):
@@ -111,9 +110,10 @@ class Variant:
             by_hand.batches(self.x, self.y, self.batch)
             return by_hand
         mode = "isolated" if name == "isolated" else "shared"
-        probes = LinearProbeCallback(self.taps, reduce=REDUCTIONS[reduce](), mode=mode, every=every)
-        probes.sample_memory = LinearProbeCallback.sample_memory if name == "kept" else 0
-        return probes
+        return LinearProbeCallback(
+            self.taps, reduce=REDUCTIONS[reduce](), mode=mode, refit=0.25 if name == "kept" else 0,
+            every=every if every == "auto" else int(every),
+        )  # fmt: skip
 
     def run(self):
         callbacks = [callback for callback in (self.probes, self.clock) if callback is not None]
@@ -121,8 +121,6 @@ class Variant:
         self.host.fit(
             self.x, self.y, batch_size=self.batch, shuffle=False, callbacks=callbacks, verbose=0
         )
-        if isinstance(self.probes, LinearProbeCallback):  # goes on as late in training
-            self.probes._online.probes._updates.assign(10_000)
         return self.clock
 
 
@@ -134,15 +132,15 @@ def in_turns(args):
         for name, one in variants.items():
             clock = one.run()
             if turn > 0:  # before that, it is compiled
-                clocks[name].append((clock.step, clock.settling))
+                clocks[name].append((clock.step, clock.refit))
     for name, seconds in clocks.items():
         pairs = list(zip(seconds, clocks["bare"], strict=True))
         ratios = [step / bare for (step, _), (bare, _) in pairs]
-        settling = statistics.median(end / bare for (_, end), (bare, _) in pairs)
+        refit = statistics.median(end / bare for (_, end), (bare, _) in pairs)
         print(
             f"{name:9} {1000 * statistics.median(step for step, _ in seconds):8.1f} ms a step, "
             f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            + (f"; settling {settling:.1f} steps" if name == "kept" else "")
+            + (f"; refit {refit:.1f} steps" if name == "kept" else "")
         )
 
 
@@ -237,7 +235,7 @@ def main():
     parser.add_argument("--classes", type=int, help="instead of 1,000, of ResNet-50 and Inception")
     parser.add_argument("--steps", type=int, default=40, help="steps an epoch")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--every", type=int, default=1, help="probes take part in every k-th step")
+    parser.add_argument("--every", default="auto", help="probes take part in every k-th step")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -129,9 +129,7 @@ def main():
     parser.add_argument("--mode", choices=["shared", "isolated"], default="shared")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--limit", type=int, help="number of images to use, of all three splits")
-    parser.add_argument(
-        "--unsettled", action="store_true", help="probes as their optimizer left them"
-    )
+    parser.add_argument("--refit", type=float, default=0.25, help="as of LinearProbeCallback")
     parser.add_argument("--no-by-hand", action="store_true", help="ours alone")
     parser.add_argument("--figure", help="where to save a plot of the gaps")
     args = parser.parse_args()
@@ -150,11 +148,11 @@ def main():
     reduce = {
         tap: GlobalAverage() if args.reduce == "gap" else RandomFeatures(seed=0) for tap in taps
     }
-    probes = LinearProbeCallback(list(reduce), reduce=reduce, mode=args.mode)
-    if args.unsettled:
-        probes.sample_memory = 0
+    probes = LinearProbeCallback(list(reduce), reduce=reduce, mode=args.mode, refit=args.refit)
     frame = track(host, splits, probes, reduce, args.epochs or epochs, not args.no_by_hand)
 
+    n = [record.examples for record in probes.results.refits]
+    print(f"refitted on {n[-1]:,} of {len(splits['train'][0]):,} examples")
     print(f"{args.host}, {args.reduce}, {args.mode}: error above the optimum, points, by epoch")
     for kind, of_kind in frame.groupby("probes", sort=False):
         table = of_kind.pivot(index="tap", columns="epoch", values="gap").loc[taps]

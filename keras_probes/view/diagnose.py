@@ -279,7 +279,7 @@ def _overfitted(m: _Measures) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _not_settled(m: _Measures) -> Iterator[Finding]:
+def _not_at_optimum(m: _Measures) -> Iterator[Finding]:
     """KP006: probes that are not known to be at their optimum."""
     certificates = m.frame["certificate"]
     far = [tap for tap in m.frame.index if not certificates[tap] <= CONVERGED]
@@ -288,10 +288,10 @@ def _not_settled(m: _Measures) -> Iterator[Finding]:
         known = f"may be up to {worst:.2g} nats above their optimum, or it is not known how far."
         unknown = "are not known to be near their optimum."
         yield Finding(
-            "KP006", "Probes not settled", "note", tuple(far), {"certificate": worst},
+            "KP006", "Probes not at their optimum", "note", tuple(far), {"certificate": worst},
             f"{len(far)} of {len(certificates)} probes {unknown if math.isnan(worst) else known}",
-            "Their error is at least in part their own. Give validation data, more sample_memory, "
-            "or fit them with refit().",
+            "Their error is at least in part their own. Give validation data, a larger refit=, or "
+            "fit them with refit(); results.refits says what was left out, and why.",
         )  # fmt: skip
 
 
@@ -354,7 +354,7 @@ CHECKS: dict[str, Callable[[_Measures], Iterator[Finding]]] = {
     "KP003": _plateau,
     "KP004": _falls_towards_the_head,
     "KP005": _overfitted,
-    "KP006": _not_settled,
+    "KP006": _not_at_optimum,
     "KP007": _auxiliary_head,
     "KP008": _not_monotonic,
     "KP009": _not_finite,

@@ -55,7 +55,7 @@ def test_overhead_of_a_process(what):
 @pytest.mark.parametrize(
     ("host", "how"),
     [("mnist", ("--reduce", "gap")), ("cifar", ("--reduce", "random", "--mode", "isolated")),
-     ("cifar", ("--reduce", "gap", "--unsettled"))],
+     ("cifar", ("--reduce", "gap", "--refit", "0"))],
 )  # fmt: skip
 def test_tracking(images, tmp_path, host, how):
     figure = tmp_path / "gaps.png"
@@ -69,12 +69,13 @@ def test_tracking(images, tmp_path, host, how):
     assert figure.stat().st_size > 10_000
 
 
-def test_settling():
-    printed = run("settling.py", "--sizes", "3:5", "1000:64", "--rounds", 1)
-    assert re.search(
-        r"3 classes, +5 features: +10000 examples, +[\d.]+ s .* above the optimum", printed
-    )
-    assert re.search(r"1000 classes, +64 features: not settled", printed)
+@pytest.mark.parametrize(("host", "options"), [("mlp", ()), ("convnet", ("--classes", "20"))])
+def test_fit_cost(host, options):
+    size = ("--images", 96, "--validation", 16, "--epochs", 2, "--rounds", 1)
+    printed = run("fit_cost.py", host, *size, *options, "--variants", "auto", "online")
+    for variant in ("auto", "online"):
+        assert re.search(rf"^{host}, {variant}: [\d.]+ \(.*CPU seconds$", printed, re.MULTILINE)
+    assert re.search(r"^auto: .* the last refit on 96 examples", printed, re.MULTILINE)
 
 
 def test_solver(images):
