@@ -9,10 +9,11 @@
 `step`: in one process, variants take turns, an epoch each, so that a machine whose speed drifts
 slows all alike; the time of a step and its ratio to the bare host's of the same round. With many
 classes probes take part in some steps only: it is the median over stretches of batches that have
-one of these. `kept` are steps whose batch goes into the sample, in all others `refit` is 0;
-`refit` is what the end of such an epoch takes, in steps of the bare host. `first` and `memory`: a process for each variant and round; the first step, with
-all that is traced and compiled for it, alone and from the call of `fit`, in which the taps are
-found, and the most memory the process had in an epoch of early steps and one of late ones.
+one of these. `kept` are steps whose batch goes into the sample, in all others `refit` is 0; `refit`
+is what the end of such an epoch takes, in steps of the bare host. `first` and `memory`: a process
+for each variant and round; the first step, with all that is traced and compiled for it, alone and
+from the call of `fit`, in which the taps are found, and the most memory the process had in an epoch
+of early steps and one of late ones.
 """
 
 import argparse

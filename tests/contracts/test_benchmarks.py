@@ -41,7 +41,7 @@ def test_overhead_of_a_step():
     for name in ("bare", "shared", "isolated", "kept", "by hand"):
         assert f"\n{name} " in f"\n{printed}"
     assert "GFLOP a step" in printed
-    assert "settling" in printed
+    assert "refit" in printed
 
 
 @pytest.mark.parametrize("what", ["first", "memory"])
