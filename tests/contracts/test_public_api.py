@@ -41,12 +41,13 @@ def test_signature_of_the_callback():
         "optimizer": None,
         "metrics": ("error", "loss"),
         "mode": "shared",
-        "every": 1,
+        "every": "auto",
         "baselines": (),
         "log_dir": None,
         "update_freq": "epoch",
         "backup_dir": None,
         "seed": 0,
+        "refit": 0.25,
     }
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["layers"]
     assert issubclass(LinearProbeCallback, keras.callbacks.Callback)
