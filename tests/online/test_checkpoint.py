@@ -1,5 +1,6 @@
 """Probes saved, loaded and taken up again after a kill, bit for bit."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -47,6 +48,28 @@ def test_loaded_probes_evaluate_as_the_saved_ones(digits, trained, tmp_path):
     for tap in ("conv", "dense"):
         for ours, theirs in zip(loaded.weights(tap), probes.weights(tap), strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_file_from_before_there_was_a_refit(digits, trained, tmp_path):
+    """As the first version wrote it: other counters, no penalties and no certificates."""
+    model, probes = trained
+    saved = probes._checkpoint()
+    new = ("l2", "certificates", "refit_at")
+    arrays = {
+        name: array
+        for name, array in saved.arrays.items()
+        if name.split("/")[-1] not in new and "labels/" not in name
+    }
+    arrays |= {"updates": np.float32(20), "loss": np.ones(2, "float32")}
+    settings = {name: value for name, value in saved.settings.items() if name != "refit"}
+    settings["every"] = 1
+    dataclasses.replace(saved, arrays=arrays, settings=settings).save(tmp_path / "old.probes")
+    loaded = LinearProbeCallback.load(tmp_path / "old.probes")
+    x, y = digits[1]
+    given = {"verbose": 0, "return_dict": True}
+    expected = model.evaluate(x, y, callbacks=[probes], **given)
+    assert model.evaluate(x, y, callbacks=[loaded], **given) == expected
+    assert loaded.results.frame().query("split == 'test'")["certificate"].isna().all()
 
 
 def test_loaded_probes_are_saved_again_before_they_have_seen_a_model(trained, tmp_path):
