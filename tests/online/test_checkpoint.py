@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -245,6 +246,10 @@ def run(directory, kill_at="", ours_first="yes", validated="yes"):
 def contents(directory):
     with zipfile.ZipFile(directory / "end.probes") as archive:
         probes = {name: archive.read(name) for name in archive.namelist()}
+    # How long a refit took is the one thing that is never the same twice.
+    name = "results/probes.json"
+    probes[name], refits = re.subn(rb'"seconds": [0-9.e-]+', b"", probes[name])
+    assert refits == 4
     return {**probes, "host": (directory / "end.weights.h5").read_bytes()}
 
 
