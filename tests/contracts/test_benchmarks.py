@@ -75,7 +75,8 @@ def test_fit_cost(host, options):
     printed = run("fit_cost.py", host, *size, *options, "--variants", "auto", "online")
     for variant in ("auto", "online"):
         assert re.search(rf"^{host}, {variant}: [\d.]+ \(.*CPU seconds$", printed, re.MULTILINE)
-    assert re.search(r"^auto: .* the last refit on 96 examples", printed, re.MULTILINE)
+    refit = re.search(r"^auto: .* the last refit on (\d+) examples", printed, re.MULTILINE)
+    assert 10 <= int(refit[1]) <= 96
 
 
 def test_solver(images):
