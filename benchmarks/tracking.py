@@ -129,7 +129,7 @@ def main():
     parser.add_argument("--mode", choices=["shared", "isolated"], default="shared")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--limit", type=int, help="number of images to use, of all three splits")
-    parser.add_argument("--refit", type=float, default=0.25, help="as of LinearProbeCallback")
+    parser.add_argument("--refit", type=float, default=0.2, help="as of LinearProbeCallback")
     parser.add_argument("--no-by-hand", action="store_true", help="ours alone")
     parser.add_argument("--figure", help="where to save a plot of the gaps")
     args = parser.parse_args()

@@ -124,7 +124,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         update_freq: int | Literal["epoch"] = "epoch",
         backup_dir: str | os.PathLike | None = None,
         seed: int = 0,
-        refit: float = 0.25,
+        refit: float = 0.2,
     ):
         super().__init__()
         if keras.backend.backend() != "tensorflow":

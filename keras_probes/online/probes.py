@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_probes.online.measured import Measured
-from keras_probes.online.refit import Progress, Refitter, Snapshot
+from keras_probes.online.refit import Progress, Refitter, Snapshot, costs_of
+from keras_probes.online.sample import examples_in
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Sums, memory_of, parameters_of
 from keras_probes.probes.targets import (
@@ -32,10 +33,6 @@ from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector
-
-# With as many classes, a step of the probes costs the memory of its weights however few its
-# examples are: it is worth its while with `MANY_CLASSES` of them.
-MANY_CLASSES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +84,9 @@ class OnlineProbes:
         self._pending: Mapping[str, np.ndarray] | None = None  # to restore once built
         self._refitter = Refitter(settings.refit, settings.seed)
         self._first_pass = True  # whether the probes had seen no example before this epoch
-        self._every = None if settings.every == "auto" else int(settings.every)
-        self._turn = 0  # number of the step in the epoch, of those the probes take part in
+        self._steps: int | None = None  # number of steps of the epoch, where it is known
+        self._step = 0  # the one of them that is running
+        self._every = 1  # probes take part in every so-manieth
 
     @property
     def built(self) -> bool:
@@ -188,14 +186,6 @@ class OnlineProbes:
             for tap, width in self.plan.n_features.items()
         }
 
-    def _resolved_every(self) -> int:
-        """Probes take part in every so-manieth step; 1 until the size of a batch is known."""
-        if self._every is None and self.built and self.steps:
-            many = max(target.num_classes for target in self.targets) >= MANY_CLASSES
-            of_batch = self.probes.examples / self.steps
-            self._every = max(1, round(MANY_CLASSES / of_batch)) if many else 1
-        return self._every or 1
-
     def begin_epoch(self, epoch: int, steps: int | None) -> None:
         """Starts the sums and the sample of an epoch of training.
 
@@ -203,9 +193,9 @@ class OnlineProbes:
             epoch: Its number, from 0.
             steps: Number of its batches, where it is known.
         """
-        if steps is not None:
-            steps = math.ceil(steps / self.host.steps_per_execution)
-        self._refitter.begin(epoch, steps, self._resolved_every())
+        at_once = self.host.steps_per_execution
+        self._steps = None if steps is None else math.ceil(steps / at_once)
+        self._refitter.begin(epoch, self._steps)
         self._first_pass = not self.restoring and not self.steps
         self.reset_sums("train")
 
@@ -216,10 +206,12 @@ class OnlineProbes:
 
     def part_in(self, batch: int) -> Part:
         """What part to take in the step that begins with this batch of the epoch."""
-        self._turn, rest = divmod(batch // self.host.steps_per_execution, self._resolved_every())
-        if rest:
-            return "rest"
-        return "keep" if self._refitter.wants(self._turn) else "observe"
+        self._step = batch // self.host.steps_per_execution
+        first = self._step == 0
+        return Part(
+            observe=first or self._step % self._every == 0,
+            keep=first or self._refitter.wants(self._step),
+        )
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything the probes have become, by name: a copy that later training leaves alone."""
@@ -318,15 +310,24 @@ class OnlineProbes:
             target.refuse(unlabelled[target], total[target])
 
     def keep(self, batches: Sequence[Any], spec: Any) -> None:
-        self._refitter.keep(self._turn, batches, spec, self._snapshots)
+        if self._step == 0:
+            self._every = self._resolved_every(batches)
+        if self._refitter.wants(self._step):
+            self._refitter.keep(self._step, batches, spec, self._snapshots)
+
+    def _resolved_every(self, batches: Sequence[Any]) -> int:
+        if self._settings.every != "auto":
+            return int(self._settings.every)
+        examples = sum(map(examples_in, batches))
+        return costs_of(self._snapshots).every(len(batches), examples, self._steps)
 
     def layers(self) -> Iterable[keras.Operation]:
         return self.plan.layers()
 
     def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if kind == "train" and not self.isolated and not _takes_x(self.host, recording, x):
-            self._refitter.reason = "the model's own train_step calls it with something else than x"
+        if kind == "train" and not self.isolated:
+            self._refitter.takes_x = _takes_x(self.host, recording, x)
         for snapshot in self._snapshots:
             plan = snapshot.plan
             now = plan is self.plan
@@ -366,7 +367,10 @@ class OnlineProbes:
             examples = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
             target.refuse(unlabelled, examples)
         if kind == "train":
-            refit = self._refitter.refit(examples, self._snapshots, progress)
+            # Those of the steps in which the probes took part stand for the others.
+            steps = self._step + 1
+            of_epoch = round(examples * steps / math.ceil(steps / self._every))
+            refit = self._refitter.refit(of_epoch, self._snapshots, progress)
         probes = [snapshot.probes for snapshot in self._snapshots]
         by_target = {target: each for each in probes for target in each.targets}
         return Measured(

@@ -85,12 +85,14 @@ def _room(batches: Sequence[Any], feature_bytes: int) -> int:
 
 
 def _cut(batches: Sequence[Any], n: int) -> Iterator[Any]:
-    """The first `n` examples of some batches."""
+    """The first `n` examples of some batches; more, where a batch is sparse or ragged."""
     for batch in batches:
         if n <= 0:
             return
         size = examples_in(batch)
-        yield batch if size <= n else tf.nest.map_structure(lambda part, n=n: part[:n], batch)
+        if size > n and all(isinstance(part, tf.Tensor) for part in tf.nest.flatten(batch)):
+            batch = tf.nest.map_structure(lambda part, n=n: part[:n], batch)
+        yield batch
         n -= size
 
 
@@ -100,4 +102,5 @@ def examples_in(batch: Any) -> int:
 
 
 def _bytes(batch: Any) -> int:
-    return sum(int(tf.size(part)) * part.dtype.size for part in tf.nest.flatten(batch))
+    parts = tf.nest.flatten(batch, expand_composites=True)
+    return sum(int(tf.size(part)) * part.dtype.size for part in parts)

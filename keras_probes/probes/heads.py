@@ -112,24 +112,33 @@ class Standardize(keras.layers.Layer):
         faded = (1.0 - some / HORIZON) * self.reach  # of a host that has moved on
         self.reach.assign(tf.maximum(reach, faded))
 
-    def restart(self, group: int, place: int, x: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
-        """Takes the statistics of one tap from a sample alone; returns its z.
+    def restart(
+        self, group: int, places: Sequence[int], x: tf.Tensor, finite: tf.Tensor
+    ) -> tf.Tensor:
+        """Takes the statistics of some taps from a sample alone; returns its z.
 
         Args:
-            group: Of the tap.
-            place: Of the tap in its group.
-            x: float32, shape (n, n_features); 0 for examples that do not count.
-            finite: float32, shape (n, 1): 1 for the examples that count, one at least.
+            group: Of the taps.
+            places: Of the taps in their group.
+            x: float32, shape (len(places), n, n_features); 0 for examples that do not count.
+            finite: float32, shape (len(places), n): 1 for those that count. A tap that has none
+                keeps the statistics it had.
         """
-        count = tf.reduce_sum(finite)
-        mean = tf.reduce_sum(x, axis=0) / count
-        away = (x - mean) * finite
-        variance = tf.reduce_sum(tf.square(away), axis=0) / count
-        reach = tf.reduce_max(tf.abs(away), axis=0)
-        span = self._span(group, place)
-        for variable, value in ((self.mean, mean), (self.variance, variance), (self.reach, reach)):
-            _put(variable, [(span, value)])
-        return away * self.scale()[span]
+        counted = finite[..., None]
+        count = tf.maximum(tf.reduce_sum(counted, axis=1), 1.0)
+        mean = tf.matmul(counted, x, transpose_a=True)[:, 0] / count
+        away = (x - mean[:, None]) * counted
+        squares = tf.square(away)
+        variance = tf.matmul(counted, squares, transpose_a=True)[:, 0] / count
+        reach = tf.sqrt(tf.reduce_max(squares, axis=1))
+        spans = [self._span(group, place) for place in places]
+        some = np.flatnonzero(tf.reduce_any(finite > 0, axis=1).numpy()).tolist()
+        for variable, values in (
+            (self.mean, mean), (self.variance, variance), (self.reach, reach)
+        ):  # fmt: skip
+            _put(variable, [(spans[i], values[i]) for i in some])
+        scale = self.scale()
+        return away * tf.stack([scale[span] for span in spans])[:, None]
 
     def of_tap(self, group: int, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and scale of one tap's features, float32, shape (n_features,)."""

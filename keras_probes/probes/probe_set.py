@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from keras_probes.probes.heads import SAME, SoftmaxHeads, Standardize, averaging_rate, residual_of
 from keras_probes.probes.measures import SUMS, batch_sums
-from keras_probes.probes.refit import pass_cost, refit, sketch_cost
+from keras_probes.probes.refit import refit
 from keras_probes.probes.replicas import sum_over_replicas
 
 # Numbers that the features of taps refitted side by side may have in all: beyond, a pass is worth
@@ -149,11 +149,6 @@ class ProbeSet:
         each = [heads for heads in self._heads() for _ in range(heads.n_taps)]
         return [(heads.n_features, heads.num_classes) for heads in each]
 
-    def refit_cost(self) -> tuple[int, int]:
-        """What a refit costs for one example, in multiplications: once, and with each pass."""
-        once = sum(sketch_cost(n_features) for n_features, _ in self.sizes())
-        return once, sum(pass_cost(*size) for size in self.sizes())
-
     def refit(
         self,
         features: Features,
@@ -163,6 +158,7 @@ class ProbeSet:
         kept: float,
         passes: int,
         epoch: int = 0,
+        seed: int = 0,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         """Takes every probe to its optimum on a sample, as far as the passes allow.
@@ -177,6 +173,7 @@ class ProbeSet:
             kept: Share of the epoch's examples that are in the sample.
             passes: About how many passes over the sample to take for each probe.
             epoch: Its number.
+            seed: Seed of what is drawn.
             progress: Takes what is going on, in words.
         """
         found: dict[tuple[str | None, str], tuple[float, float]] = {}
@@ -192,7 +189,8 @@ class ProbeSet:
                     counts = finite * weights[target] * tf.cast(labels[target] >= 0, tf.float32)
                     if progress is not None:
                         progress(f"{len(found)} of {total}")
-                    done = _refit(heads, places, z, labels[target], counts, kept, passes, epoch)
+                    options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed}
+                    done = _refit(heads, places, z, labels[target], counts, options)
                     found.update({(target, taps[i]): certificates for i, certificates in done})
         nothing = (-1.0, -1.0)
         self._certificates.assign([found.get(key, nothing) for key in self._keys()])
@@ -202,17 +200,13 @@ class ProbeSet:
         self, group: int, places: Sequence[int], features: Sequence[tf.Tensor]
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Z of some taps of a group, and which examples count, with statistics of the sample."""
-        zs, finites = [], []
-        for place, x in zip(places, features, strict=True):
-            # One such feature makes the sum another.
-            finite = tf.math.is_finite(tf.reduce_sum(x, axis=1, keepdims=True))
-            if not tf.reduce_all(finite):
-                x = tf.where(finite, x, 0.0)
-            if tf.reduce_any(finite):
-                x = self._standardize.restart(group, place, x, tf.cast(finite, tf.float32))
-            zs.append(x)
-            finites.append(tf.cast(finite[:, 0], tf.float32))
-        return (tf.stack(zs) if len(zs) > 1 else zs[0][None]), tf.stack(finites)
+        x = tf.stack(features)
+        # One such feature makes the sum another.
+        finite = tf.math.is_finite(tf.reduce_sum(x, axis=2))
+        if not tf.reduce_all(finite):
+            x = tf.where(finite[..., None], x, 0.0)
+        finite = tf.cast(finite, tf.float32)
+        return self._standardize.restart(group, places, x, finite), finite
 
     def _stacked(self, features: Features) -> list[tf.Tensor]:
         """Features by group: float32, shape (n_taps, batch, n_features)."""
@@ -364,9 +358,7 @@ def _refit(
     z: tf.Tensor,
     labels: tf.Tensor,
     weights: tf.Tensor,
-    kept: float,
-    passes: int,
-    epoch: int,
+    options: Mapping[str, Any],
 ) -> Iterator[tuple[int, tuple[float, float]]]:
     """Refits the probes at some places of a stack, those with examples.
 
@@ -380,10 +372,8 @@ def _refit(
         z, weights = tf.gather(z, some), tf.gather(weights, some)
     at = [places[i] for i in some]
     start = np.concatenate([heads.mean_kernel.numpy()[at], heads.mean_bias.numpy()[at]], axis=1)
-    result = refit(
-        z, tf.maximum(labels, 0), weights, start.astype("float64"), heads.l2.numpy()[at, 0, 0],
-        kept=kept, passes=passes, epoch=epoch,
-    )  # fmt: skip
+    l2 = heads.l2.numpy()[at, 0, 0].astype("float64")
+    result = refit(z, tf.maximum(labels, 0), weights, start.astype("float64"), l2, **options)
     heads.restart(at, result.weights, result.l2)
     for i, before, after in zip(some, result.before, result.after, strict=True):
         yield i, (float(before), float(after))

@@ -20,19 +20,20 @@ import numpy as np
 import tensorflow as tf
 
 from keras_probes.probes.path import PENALTIES, choose_penalty
-from keras_probes.probes.solver import RANK, Problem, fit_softmax, objective
+from keras_probes.probes.solver import RANK, Fit, Problem, fit_softmax
 
 TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
 SEARCH_TOL = 2e-2  # the same while penalties are compared
 HELD_OUT = 8  # one example in so many chooses the penalty
-NEAR = 10.0  # how much more than 0 an earlier probe says of where the optimum is
+NEAR = 3.0  # how much more than 0 an earlier probe says of where the optimum is
 GAIN = 5e-3  # nats on the eighth that another penalty has to bring; less is luck
+SEARCH_EVERY = 2  # epochs: the best penalty moves slowly
 FIRST_PENALTY = 8  # place in the row where the first search begins
 FIRST_STEP = 2  # places at a time in the first search
 
-# What reading a feature costs in a pass, in multiplications: a pass over few classes waits for
-# memory.
-READ_COST = 24
+# What else takes time for a feature of an example, as the multiplications that take as long.
+READ_COST = 90  # in a pass of the solver: over few classes it waits for memory
+PREPARE_COST = 500  # before the first: copies and statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,9 @@ def pass_cost(n_features: int, num_classes: int) -> int:
     return n_features * (2 * num_classes + READ_COST)
 
 
-def sketch_cost(n_features: int) -> int:
-    """What the solver's preconditioner costs for one example and one tap, likewise."""
-    return 2 * n_features * min(n_features, RANK)
+def prepare_cost(n_features: int) -> int:
+    """What comes before the first pass costs for one example and one tap, likewise."""
+    return n_features * (2 * RANK + PREPARE_COST)
 
 
 def refit(
@@ -72,6 +73,7 @@ def refit(
     kept: float,
     passes: int,
     epoch: int,
+    seed: int,
 ) -> Refit:
     """Takes T probes of one width to their optimum.
 
@@ -83,46 +85,52 @@ def refit(
         l2: The penalties that the last refit chose, shape (T,); 0 in the first.
         kept: Share of the epoch's examples that are in the sample, above 0 to 1.
         passes: About how many passes over the sample to take.
-        epoch: Number of the epoch: which penalties are looked at, and by which examples.
+        epoch: Number of the epoch: when penalties are looked at, and by which examples.
+        seed: Seed of these examples' draw.
 
     Returns:
         The `Refit`.
     """
-    taps, n, features = z.shape
-    shape = taps, features, start.shape[2]
-    order = np.random.default_rng(epoch).permutation(n)
-    apart = np.split(order, [max(1, n // HELD_OUT)])
-    whole = Problem([(z, labels, weights)], shape)
-    held, others = (
-        Problem(
-            [(tf.gather(z, at, axis=1), tf.gather(labels, at), tf.gather(weights, at, axis=1))],
-            shape,
-            whole.basis,
+    taps, _, features = z.shape
+    whole = Problem([(z, labels, weights)], (taps, features, start.shape[2]))
+    penalties, found = l2, start
+    if np.any(l2 == 0) or epoch % SEARCH_EVERY == 0:
+        order = np.random.default_rng((seed, epoch)).permutation(z.shape[1])
+        penalties, found = _searched(whole, order, start, l2, passes // 2)
+    others_say = NEAR * (1.0 - kept)
+    strength, share = penalties * (kept + others_say), others_say / (kept + others_say)
+
+    def towards_it(begin: np.ndarray, max_passes: int) -> Fit:
+        return fit_softmax(
+            whole, strength, start=begin, near=start, share=share, tol=TOL, max_passes=max_passes
         )
-        for at in map(np.sort, apart)
-    )
+
+    fit = towards_it(found, max(passes - whole.passes, 2))
+    began = fit.began if found is start else towards_it(start, 1).objective
+    return Refit(fit.weights, penalties, began - fit.lower, fit.certificate)
+
+
+def _searched(
+    whole: Problem, order: np.ndarray, start: np.ndarray, l2: np.ndarray, max_passes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best penalties by an eighth of the examples, and the probes with them on the others.
+
+    Args:
+        whole: All examples.
+        order: Their numbers, by chance.
+        start: W over b, shape (T, d + 1, K).
+        l2: The penalties so far, shape (T,); 0 for none.
+        max_passes: Number of passes after which to try no more.
+    """
+    apart = np.split(order, [max(1, len(order) // HELD_OUT)])
+    held, others = (whole.of_examples(np.sort(at)) for at in apart)
     known = bool(np.all(l2 > 0))
-    begin = np.full(taps, FIRST_PENALTY)
+    begin = np.full(len(l2), FIRST_PENALTY)
     if known:
         begin = np.abs(np.log(PENALTIES[:, None] / l2)).argmin(axis=0)
     places, found = choose_penalty(
-        others,
-        lambda tried: held.losses(tried)[0],
-        PENALTIES,
-        begin,
-        start=start,
-        tol=SEARCH_TOL,
-        max_passes=passes // 2,
-        # A penalty moves slowly: one neighbour is looked at in an epoch, by turns.
-        step=(-1) ** epoch if known else FIRST_STEP,
-        both=not known,
-        gain=GAIN if known else 0.0,
-    )
-    chosen, others_say = PENALTIES[places], NEAR * (1.0 - kept)
-    l2, share = chosen * (kept + others_say), others_say / (kept + others_say)
-    before = objective(whole, start, l2, near=start, share=share)
-    fit = fit_softmax(
-        whole, l2, start=found, near=start, share=share, tol=TOL,
-        max_passes=max(passes - others.passes, 2),
+        others, lambda tried: held.losses(tried)[0], PENALTIES, begin, start=start, tol=SEARCH_TOL,
+        max_passes=max_passes, step=1 if known else FIRST_STEP, gain=GAIN if known else 0.0,
     )  # fmt: skip
-    return Refit(fit.weights, chosen, before - fit.lower, fit.certificate)
+    whole.passes += others.passes
+    return PENALTIES[places], found

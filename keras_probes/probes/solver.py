@@ -45,7 +45,7 @@ import tensorflow as tf
 Block: TypeAlias = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
 PAIRS = 10  # that L-BFGS keeps
-RANK = 64  # of the sketch of Z'SZ
+RANK = 32  # of the sketch of Z'SZ
 SMOOTHING = 0.5  # examples more of each class: the log of none is nothing to pull to
 MIN_CURVATURE = 1e-7  # of a class; below, float32 can't tell
 SAFETY = 0.2  # the estimated distance from the optimum is up to a few times too small
@@ -63,6 +63,7 @@ class Fit:
         weights: W over b, float64, shape (T, d + 1, K).
         l2: The penalties, shape (T,).
         objective: F, in nats, shape (T,).
+        began: F at the start, likewise.
         gradient_norm: Euclidean norm of the gradient of F in W and b, shape (T,).
         certificate: Upper bound on F - F*, in nats, shape (T,).
         lower: Lower bound on F*, in nats, shape (T,).
@@ -73,6 +74,7 @@ class Fit:
     weights: np.ndarray
     l2: np.ndarray
     objective: np.ndarray
+    began: np.ndarray
     gradient_norm: np.ndarray
     certificate: np.ndarray
     lower: np.ndarray
@@ -133,6 +135,14 @@ class Problem:
             self._counts += tf.matmul(tf.cast(weights, tf.float64), of_class).numpy()
         self.total = self._counts.sum(axis=1) - classes * SMOOTHING
         self.basis = basis or Basis.of(self._read(), features, self.total)
+
+    def of_examples(self, places: np.ndarray) -> "Problem":
+        """The same of some examples alone; for a problem whose examples are one block."""
+        ((z, labels, weights),) = self._blocks
+        block = tf.gather(z, places, axis=1), tf.gather(labels, places)
+        taps, width, classes = self.shape
+        weights = tf.gather(weights, places, axis=1)
+        return Problem([(*block, weights)], (taps, width - 1, classes), self.basis)
 
     def guess(self) -> np.ndarray:
         """What a probe says that knows nothing of the features: W = 0, b the log frequencies."""
@@ -298,17 +308,6 @@ class _Descent:
         return of_loss + self.l2[:, None, None] * step
 
 
-def objective(
-    problem: Problem,
-    weights: np.ndarray,
-    l2: np.ndarray | float,
-    near: np.ndarray | None = None,
-    share: float = 0.0,
-) -> np.ndarray:
-    """F at some weights, in nats, shape (T,); arguments as of `fit_softmax`. One pass."""
-    return _Descent(problem, l2, near, share).at(weights).objective
-
-
 def fit_softmax(
     problem: Problem,
     l2: np.ndarray | float,
@@ -339,7 +338,7 @@ def fit_softmax(
     """
     descent, last = _Descent(problem, l2, near, share), problem.passes + max_passes
     l2, point = descent.l2, descent.at(problem.guess() if start is None else start)
-    lower = descent.lower_bound(point)
+    lower, began = descent.lower_bound(point), point.objective
     steps, backtracks = np.zeros(len(l2), int), np.zeros(len(l2), int)
     length, renew = np.ones(len(l2)), np.ones(len(l2), bool)
     moving = np.ones(len(l2), bool) if only is None else only.copy()
@@ -390,6 +389,7 @@ def fit_softmax(
         weights=point.weights,
         l2=l2,
         objective=point.objective,
+        began=began,
         gradient_norm=np.sqrt(_inner(point.gradient, point.gradient)),
         certificate=certificate,
         lower=lower,

@@ -12,13 +12,12 @@ a test: `fit` makes `train_function` before `on_train_begin` and looks it up at 
 """
 
 import contextlib
-import functools
 import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import keras
 import numpy as np
@@ -28,7 +27,19 @@ from keras_probes.taps.graph import call_at_inference
 from keras_probes.taps.record import Recording, record_calls
 
 Kind = Literal["train", "test"]
-Part = Literal["observe", "keep", "rest"]  # that an observer takes in a step
+
+
+class Part(NamedTuple):
+    """What part an observer takes in a step.
+
+    Attributes:
+        observe: Whether it runs in the step.
+        keep: Whether it is given the step's batches before that.
+    """
+
+    observe: bool = True
+    keep: bool = False
+
 
 _EPOCH_LOGS = "_get_metrics_result_or_logs"
 _OF_REPLICAS = "_value_specs"
@@ -98,6 +109,7 @@ class Joint:
         self._guards: dict[Kind, Any] = {}
         self._observed: dict[tuple, tuple[Callable, Any]] = {}  # key -> (plain, what stands for it)
         self._last: dict[Kind, tuple[Any, list[Observer]]] = {}  # what the last step returned
+        self._relays: dict[str, _Relay] = {}  # by spec
 
     @classmethod
     def at(cls, host: keras.Model) -> "Joint | None":
@@ -138,14 +150,13 @@ class Joint:
         if not any(self._attached.values()):
             self._restore_epoch_logs()
 
-    def expect(self, kind: Kind, observer: Observer, part: Part = "observe") -> None:
+    def expect(self, kind: Kind, observer: Observer, part: Part = Part()) -> None:  # noqa: B008
         """Says that the host's next step of `kind` belongs to a run `observer` takes part in.
 
         Args:
             kind: Which steps.
             observer: What to run in it.
-            part: `"observe"`: it runs in the step; `"keep"`: and is given the step's batches before
-                that; `"rest"`: the host takes this step as if nobody were there.
+            part: What part it takes; in a step without any, the host is as if nobody were there.
         """
         if observer in self._attached[kind]:
             self._expected[kind][observer] = part
@@ -160,11 +171,9 @@ class Joint:
                     self._remove()
                 return plain(iterator)
             try:
-                if all(part == "rest" for part in observers.values()):
-                    logs = plain(iterator)
-                else:
-                    logs = self._step(kind, observers, plain, iterator)
+                logs = self._step(kind, observers, plain, iterator)
             except (StopIteration, tf.errors.OutOfRangeError):  # the data has run out
+                self._relays.clear()
                 raise
             except BaseException:
                 self._remove()
@@ -176,10 +185,13 @@ class Joint:
         return guard
 
     def _step(self, kind: Kind, parts: dict[Observer, Part], plain: Callable, iterator: Any) -> Any:
-        observers = [observer for observer, part in parts.items() if part != "rest"]
+        observers = [observer for observer, part in parts.items() if part.observe]
+        keeping = [observer for observer, part in parts.items() if part.keep]
+        if not observers and not keeping:
+            return plain(iterator)
         spec = iterator.element_spec
         of_replica = keras.tree.map_structure(_of_replica, spec)
-        fresh = [o for o in observers if (kind, o) in self._unprepared]
+        fresh = [o for o in parts if (kind, o) in self._unprepared]
         for observer in fresh:
             observer.prepare(of_replica)
             self._unprepared.remove((kind, observer))
@@ -187,7 +199,6 @@ class Joint:
             for labels in _labels_at_hand(self.host):
                 for observer in fresh:
                     observer.check((None, part) for part in _in_parts(labels))
-        keeping = [observer for observer, part in parts.items() if part == "keep"]
         replicated = _is_replicated(spec)
         if kind == "train" and (fresh or keeping) and not replicated:
             iterator = self._shown(fresh, keeping, iterator, spec)
@@ -203,20 +214,28 @@ class Joint:
     def _shown(
         self, fresh: list[Observer], keeping: list[Observer], iterator: Iterator, spec: Any
     ) -> Iterator:
-        """Shows observers the batches of a step, and returns an iterator of the same.
-
-        The host's function takes nothing but an iterator of the data's spec, or compiles anew.
-        """
-        if not all(isinstance(part, tf.TensorSpec) for part in tf.nest.flatten(spec)):
-            return iterator  # sparse or ragged: nobody gets to see it
+        """Shows observers the batches of a step, and returns an iterator of the same."""
         batches = list(itertools.islice(iterator, self.host.steps_per_execution))
-        if not batches:
-            return iterator  # the host's function is to find out
-        for observer in fresh:
+        for observer in fresh if batches else []:
             observer.check(batches)
-        for observer in keeping:
+        for observer in keeping if batches else []:
             observer.keep(batches, spec)
-        return _iterator_of(batches, spec)
+        return self._relayed(batches, spec)
+
+    def _relayed(self, batches: Sequence[Any], spec: Any) -> Iterator:
+        """An iterator over batches at hand, for the host's function: any other would be retraced.
+
+        Args:
+            batches: As many as the function takes, or fewer where the data have run out.
+            spec: That of the host's own iterator.
+        """
+        if len(batches) < self.host.steps_per_execution:
+            relay = _Relay(spec)  # it comes to its end
+        else:
+            relay = self._relays.get(str(spec)) or _Relay(spec)
+            self._relays[str(spec)] = relay
+        relay.put(batches)
+        return relay.iterator
 
     def _shared(self, kind: Kind, observers: list[Observer], plain: Callable) -> Callable:
         """The host's function, compiled anew with the observers inside of its step."""
@@ -230,6 +249,8 @@ class Joint:
             return outputs
 
         def make() -> Callable:
+            if kind == "train":
+                _build_optimizer(self.host)
             with _instance_attribute(self.host, f"{kind}_step", step):
                 getattr(self.host, f"make_{kind}_function")(force=True)
             made = getattr(self.host, f"{kind}_function")
@@ -270,7 +291,7 @@ class Joint:
             return step(iter([data]) if once else itertools.repeat(data))
 
         def on_batch(data: Any) -> Any:
-            return step(_iterator_of([data], spec))
+            return step(self._relayed([data], spec))
 
         def make() -> tuple[Callable, Callable]:
             compiled = self._compiled(on_replicas, spec) if _is_replicated(spec) else on_batch
@@ -378,20 +399,38 @@ class Joint:
         self._restore_epoch_logs()
 
 
-def _iterator_of(batches: list[Any], spec: Any) -> Iterator:
-    """An iterator of TensorFlow's over batches at hand, one at least, of the given spec."""
+class _Relay:
+    """An iterator over what is put into it, which ends when nothing is left.
 
-    def alone(batch: Any) -> tf.data.Dataset:
-        # By way of a variant, for `from_tensors` knows the size of the batch: another spec.
-        variant = tf.data.experimental.to_variant(tf.data.Dataset.from_tensors(batch))
-        return tf.data.experimental.from_variant(variant, spec)
+    A dataset made for each step would take as long as the step of a small host.
 
-    # Tuning takes a thread, for which the end of the iterator would have to wait.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    options.experimental_optimization.apply_default_optimizations = False
-    dataset = functools.reduce(tf.data.Dataset.concatenate, map(alone, batches))
-    return iter(dataset.with_options(options))
+    Args:
+        spec: Of the batches.
+    """
+
+    def __init__(self, spec: Any):
+        parts = tf.nest.flatten(spec, expand_composites=True)
+        with tf.device("cpu:0"):
+            self._queue = tf.queue.FIFOQueue(-1, [part.dtype for part in parts])
+
+        def take(_: tf.Tensor) -> Any:
+            taken = self._queue.dequeue()
+            taken = taken if len(parts) > 1 else [taken]
+            for tensor, part in zip(taken, parts, strict=True):
+                tensor.set_shape(part.shape)
+            return tf.nest.pack_sequence_as(spec, taken, expand_composites=True)
+
+        # Tuning takes a thread, for which the end of the iterator would have to wait.
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        options.experimental_optimization.apply_default_optimizations = False
+        counter = tf.data.Dataset.counter().take_while(lambda _: self._queue.size() > 0)
+        self.iterator = iter(counter.map(take).with_options(options))
+
+    def put(self, batches: Iterable[Any]) -> None:
+        """Puts batches behind those that are there."""
+        for batch in batches:
+            self._queue.enqueue(tf.nest.flatten(batch, expand_composites=True))
 
 
 def _is_replicated(spec: Any) -> bool:
@@ -401,6 +440,16 @@ def _is_replicated(spec: Any) -> bool:
 def _of_replica(spec: Any) -> Any:
     """The spec of what one replica gets of a batch."""
     return getattr(spec, _OF_REPLICAS, [spec])[0]
+
+
+def _build_optimizer(host: keras.Model) -> None:
+    """Makes the optimizer's slots: TensorFlow throws away the first trace of what makes variables.
+
+    Left to the host where it has a step of its own, which may do without.
+    """
+    if type(host).train_step is keras.Model.train_step and not host.optimizer.built:
+        with host.distribute_strategy.scope():
+            host.optimizer.build(host.trainable_variables)
 
 
 def _layers(observers: Iterable[Observer]) -> list[keras.Operation]:

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from hosts import compiled, dense_net
 
-from keras_probes.taps.capture import Joint, calling_lists
+from keras_probes.taps.capture import Joint, Part, calling_lists
 from keras_probes.taps.record import Site
 
 
@@ -16,7 +16,7 @@ class Watcher(keras.callbacks.Callback):
     def __init__(self, isolated=False):
         super().__init__()
         self.isolated = isolated
-        self.part = lambda step: "observe"
+        self.part = lambda step: Part()
         self.kept = []
         self.total = tf.Variable(0.0)
         self.examples = tf.Variable(0)
@@ -95,7 +95,7 @@ def test_every_batch_is_shown_once(digits, isolated, options, batch_size):
 def test_a_step_whose_batches_are_kept_is_the_one_it_would_have_been(digits, isolated, options):
     (x, y), _ = digits
     losses, watchers = [], []
-    for part in (lambda step: "observe", lambda step: "observe" if step % 6 else "keep"):
+    for part in (lambda step: Part(), lambda step: Part(keep=step % 6 == 0)):
         keras.utils.set_random_seed(3)
         watcher = Watcher(isolated)
         watcher.part = part

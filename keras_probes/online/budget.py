@@ -1,0 +1,76 @@
+"""What probes may cost, as a share of what their host costs.
+
+In: the sizes of a host, its batches and its probes. Out: in how many steps the probes take part,
+and how far they are refitted.
+
+All is counted in multiplications: the same on every machine, and in a run that was killed and
+resumed. What else takes time is given as the multiplications that take as long on a CPU.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from keras_probes.probes.refit import pass_cost, prepare_cost
+
+STEPS_SHARE = 0.05  # of an epoch, for the probes' own steps
+MAX_EVERY = 8  # with fewer steps, a probe learns too little of an epoch
+MIN_BUDGET = 10**10  # whatever an epoch costs: about a third of a CPU second
+STEP_COST = 800  # of a feature of an example in a step: its draw, its statistics, many small calls
+PARAMETER_COST = 150  # of a parameter in a step, which reads and writes it a dozen times
+PASSES = 12  # of the solver, on average
+EXAMPLES_PER_FEATURE = 4  # of a tap; more change nothing that an interval can tell
+EXAMPLES_PER_CLASS = 100
+
+Sizes = Sequence[tuple[int, int]]  # features and classes of each probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What is computed in an epoch.
+
+    Attributes:
+        work: Multiplications of a forward pass of the host, for one example.
+        passes: Number of forward passes that probes need: one for each state of the host.
+        sizes: Of all probes.
+    """
+
+    work: int
+    passes: int
+    sizes: Sizes
+
+    def of_host(self, examples: float) -> float:
+        """The host's own training on so many examples: forward, and twice that back."""
+        return 3 * self.work * examples
+
+    def every(self, batches: int, examples: int, steps: int | None) -> int:
+        """In every so-manieth step probes take part.
+
+        Args:
+            batches: Number of batches of a step.
+            examples: Number of examples in them.
+            steps: Number of steps in the epoch, where it is known.
+        """
+        features = sum(features for features, _ in self.sizes)
+        parameters = sum((features + 1) * classes for features, classes in self.sizes)
+        step = STEP_COST * features * examples + PARAMETER_COST * parameters * batches
+        allowed = max(STEPS_SHARE * self.of_host(examples), MIN_BUDGET / (steps or math.inf), 1)
+        return min(math.ceil(step / allowed), MAX_EVERY)
+
+    def refit(self, share: float, examples: int, available: int) -> tuple[int, int]:
+        """On how many examples to refit, and with how many passes over them.
+
+        Args:
+            share: How much it may cost, as a share of the host's epoch.
+            examples: Number of examples that the host trained on.
+            available: Number of examples that are there to refit on.
+        """
+        once = self.work * self.passes + sum(prepare_cost(features) for features, _ in self.sizes)
+        a_pass = sum(pass_cost(*size) for size in self.sizes)
+        budget = max(share * self.of_host(examples), MIN_BUDGET)
+        useful = max(
+            EXAMPLES_PER_FEATURE * features + EXAMPLES_PER_CLASS * classes
+            for features, classes in self.sizes
+        )
+        n = max(2, min(available, useful, int(budget // (once + PASSES * a_pass))))
+        return n, max(2, int((budget - n * once) // (n * a_pass)))
