@@ -2,6 +2,7 @@
 
     python benchmarks/fit_cost.py convnet --data mnist.npz --variants random gap isolated
     python benchmarks/fit_cost.py resnet50 --classes 1000 --variants auto
+    python benchmarks/fit_cost.py resnet --data characters.npz --classes 1000 --images 20000
 
 In one process and in turns, a fit without the callback before each variant's: a new host each time,
 so that everything counts that is traced and compiled. CPU seconds are those of all threads. The
@@ -44,7 +45,10 @@ def cpu_seconds(args, variant):
     """CPU seconds of one fit, and the callback if it had one."""
     keras.utils.set_random_seed(0)
     make, layers, batch = HOSTS[args.host]
-    host = make(classes=args.classes) if args.classes else make()
+    options = {"classes": args.classes} if args.classes else {}
+    if args.data:
+        options["shape"] = images(args.data, 1)[0].shape[1:]
+    host = make(**options)
     train, validation = data_for(args, host.input_shape[1:], host.output_shape[-1])
     host.compile(
         keras.optimizers.Adam(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True)

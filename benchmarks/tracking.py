@@ -2,6 +2,7 @@
 
     python benchmarks/tracking.py mnist --data mnist.npz --reduce random
     python benchmarks/tracking.py cifar --data cifar10.npz --reduce gap --mode isolated
+    python benchmarks/tracking.py characters --data characters.npz --reduce gap --no-by-hand
 
 At the end of every epoch the host stands still: its features of the training rows are extracted and
 each tap's optimal probe is fitted (`fit_probes`, the penalty by a validation split). The gap is the
@@ -37,6 +38,7 @@ BLOCKS = [f"block{block}{end}" for block in range(1, 5) for end in ("_add", "")]
 HOSTS = {
     "mnist": (convnet, 5, ["input", *CUTS]),
     "cifar": (resnet, 10, ["input", *STEM, *BLOCKS, "pool", "logits"]),
+    "characters": (resnet, 5, [*BLOCKS[1::2], "pool"]),
 }
 
 
@@ -61,7 +63,7 @@ def track(host, splits, probes, reduce, epochs, with_by_hand):
         for tap, reduction in reduce.items()
     }
     by_hand = {
-        name: ByHand(tensors, host.inputs, 10, normalize)
+        name: ByHand(tensors, host.inputs, host.output_shape[-1], normalize)
         for name, normalize in (("Dense", False), ("BatchNormalization, Dense", True))
         if with_by_hand
     }
@@ -129,7 +131,7 @@ def main():
     parser.add_argument("--mode", choices=["shared", "isolated"], default="shared")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--limit", type=int, help="number of images to use, of all three splits")
-    parser.add_argument("--refit", type=float, default=0.2, help="as of LinearProbeCallback")
+    parser.add_argument("--refit", type=float, default=0.1, help="as of LinearProbeCallback")
     parser.add_argument("--no-by-hand", action="store_true", help="ours alone")
     parser.add_argument("--figure", help="where to save a plot of the gaps")
     args = parser.parse_args()
@@ -141,7 +143,7 @@ def main():
     parts = zip(np.split(x, ends), np.split(y, ends), strict=True)
     splits = dict(zip(("train", "validation", "test"), parts, strict=True))
     make, epochs, taps = HOSTS[args.host]
-    host = make(x.shape[1:])
+    host = make(x.shape[1:], int(y.max()) + 1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     host.compile(keras.optimizers.Adam(1e-3), loss)
     # With a seed of its own, a layer takes the same subset wherever it is used.

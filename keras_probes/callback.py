@@ -78,8 +78,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
             model trains as without them up to rounding. `"isolated"`: they run a second forward
             pass, at inference, and the model trains bit for bit as without them.
         every: Probes train on every k-th batch, and cost nothing on the others; with
-            `steps_per_execution`, on those of every k-th execution. `"auto"`: on every batch, but
-            with 128 classes or more on as many as bring 128 examples each.
+            `steps_per_execution`, on those of every k-th execution. `"auto"`: on as many, from
+            every batch to every eighth, as cost about a twentieth of the model's own training.
         baselines: What to measure beside the probes. `"shuffled"`: probes of the same layers on
             random labels, the same for an example whenever it is seen, under the name `shuffled`
             (or `<target>_shuffled`). How much worse they do is the table's `selectivity`; what they
@@ -124,7 +124,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         update_freq: int | Literal["epoch"] = "epoch",
         backup_dir: str | os.PathLike | None = None,
         seed: int = 0,
-        refit: float = 0.2,
+        refit: float = 0.1,
     ):
         super().__init__()
         if keras.backend.backend() != "tensorflow":
@@ -153,7 +153,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             )
         if isinstance(refit, bool) or not isinstance(refit, (int, float)) or not 0 <= refit < 1e6:
             raise ValueError(
-                "Expected `refit` to be a share of what an epoch costs, such as 0.25, or 0 for no "
+                "Expected `refit` to be a share of what an epoch costs, such as 0.1, or 0 for no "
                 f"refit. Received: refit={refit!r}."
             )
         if update_freq != "epoch" and (type(update_freq) is not int or update_freq < 1):
@@ -282,6 +282,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
     ) -> None:
         """Prints what is probed: tap, depth, shape, reduction, features, parameters and memory.
 
+        And which probes are refitted, or were not, and why.
+
         Args:
             model: The model to be probed; may be left out once `fit` has begun.
             print_fn: Takes the text.
@@ -309,6 +311,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         print_fn(table.rename(columns={"name": "tap"}).to_string(index=False))
         parameters, memory = (sum(column) for column in zip(*sizes.values(), strict=True))
         print_fn(f"{len(sizes)} taps, {parameters:,} parameters, {mebibytes(memory)}")
+        print_fn(self._online.about_refit(next(reversed(self.results.refits), None)))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the probes into one file: settings, weights, statistics, subsets and results.

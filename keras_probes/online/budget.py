@@ -15,7 +15,8 @@ from keras_probes.probes.refit import pass_cost, prepare_cost
 
 STEPS_SHARE = 0.05  # of an epoch, for the probes' own steps
 MAX_EVERY = 8  # with fewer steps, a probe learns too little of an epoch
-MIN_BUDGET = 10**10  # whatever an epoch costs: about a third of a CPU second
+MIN_STEPS = 10**10  # for these, whatever an epoch costs: about a third of a CPU second
+MIN_REFIT = 5 * 10**10  # likewise for the refit
 STEP_COST = 800  # of a feature of an example in a step: its draw, its statistics, many small calls
 PARAMETER_COST = 150  # of a parameter in a step, which reads and writes it a dozen times
 PASSES = 12  # of the solver, on average
@@ -54,7 +55,7 @@ class Costs:
         features = sum(features for features, _ in self.sizes)
         parameters = sum((features + 1) * classes for features, classes in self.sizes)
         step = STEP_COST * features * examples + PARAMETER_COST * parameters * batches
-        allowed = max(STEPS_SHARE * self.of_host(examples), MIN_BUDGET / (steps or math.inf), 1)
+        allowed = max(STEPS_SHARE * self.of_host(examples), MIN_STEPS / (steps or math.inf), 1)
         return min(math.ceil(step / allowed), MAX_EVERY)
 
     def refit(self, share: float, examples: int, available: int) -> tuple[int, int]:
@@ -67,7 +68,7 @@ class Costs:
         """
         once = self.work * self.passes + sum(prepare_cost(features) for features, _ in self.sizes)
         a_pass = sum(pass_cost(*size) for size in self.sizes)
-        budget = max(share * self.of_host(examples), MIN_BUDGET)
+        budget = max(share * self.of_host(examples), MIN_REFIT)
         useful = max(
             EXAMPLES_PER_FEATURE * features + EXAMPLES_PER_CLASS * classes
             for features, classes in self.sizes

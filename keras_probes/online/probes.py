@@ -27,7 +27,7 @@ from keras_probes.probes.targets import (
     named_targets,
     resolve_targets,
 )
-from keras_probes.results import Node, TapInfo, name_of_baseline
+from keras_probes.results import Node, Refit, TapInfo, name_of_baseline
 from keras_probes.taps.capture import Kind, Part
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.record import Recording
@@ -185,6 +185,25 @@ class OnlineProbes:
             )
             for tap, width in self.plan.n_features.items()
         }
+
+    def about_refit(self, last: Refit | None) -> str:
+        """Which probes are refitted, and why others are not.
+
+        Args:
+            last: The last refit, if there was one.
+        """
+        if self._refitter.reason:
+            return f"No probe is refitted: {self._refitter.reason}."
+        if last is not None and last.left_out:
+            taps = ", ".join(f"{tap!r} ({reason})" for tap, reason in last.left_out.items())
+            return f"Not refitted at the end of the last epoch: {taps}."
+        share = f"for up to {self._settings.refit:g} of what the epoch costs"
+        if last is None and not self.isolated and _has_own_step(self.host):
+            return (
+                f"All probes are refitted at the end of each epoch, {share}, if the model's own "
+                "train_step calls it with x as it comes; else none is."
+            )
+        return f"All probes are refitted at the end of each epoch, {share}."
 
     def begin_epoch(self, epoch: int, steps: int | None) -> None:
         """Starts the sums and the sample of an epoch of training.
@@ -428,8 +447,13 @@ def _of_today(
 def _takes_x(host: keras.Model, recording: Recording, x: Any) -> bool:
     """Whether a step calls the host with the x of its data, and not with what it makes of it."""
     given = tf.nest.flatten(x, expand_composites=True)
-    keras_own = type(host).train_step is keras.Model.train_step
-    return keras_own or all(any(s is part for part in given) for s in recording.sources)
+    return not _has_own_step(host) or all(
+        any(s is part for part in given) for s in recording.sources
+    )
+
+
+def _has_own_step(host: keras.Model) -> bool:
+    return type(host).train_step is not keras.Model.train_step
 
 
 def _check_rows(features: tf.Tensor, labels: tf.Tensor) -> None:

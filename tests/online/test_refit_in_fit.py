@@ -32,7 +32,7 @@ def host():
     )
 
 
-def fitted(model, *data, refit=0.25, **options):
+def fitted(model, *data, refit=0.1, **options):
     probes = LinearProbeCallback(TAPS, reduce={"norm": "gap", "*": "flatten"}, refit=refit)
     model.fit(*data, callbacks=[probes], verbose=0, **options)
     return probes
@@ -43,7 +43,7 @@ def refitted_and_not(digits, tmp_path_factory):
     """Results of both, and of the optimal probes of the same host, after two epochs."""
     (x, y), validation = digits
     found = {}
-    for name, share in (("refitted", 0.25), ("not", 0)):
+    for name, share in (("refitted", 0.1), ("not", 0)):
         keras.utils.set_random_seed(7)
         model = host()
         probes = fitted(model, x, y, 16, 2, refit=share, validation_data=validation)
@@ -271,6 +271,67 @@ def test_without_a_refit_the_results_say_so(digits):
     assert (record.examples, record.left_out) == (0, dict.fromkeys(TAPS, "refit=0"))
     (finding,) = [f for f in probes.results.diagnose() if f.code == "KP006"]
     assert finding.taps == tuple(TAPS)
+
+
+def test_the_summary_says_which_probes_are_refitted(digits):
+    (x, y), _ = digits
+
+    def said(probes, model):
+        lines = []
+        probes.summary(model, lines.append)
+        return lines[-1]
+
+    model = host()
+    every = (
+        "All probes are refitted at the end of each epoch, for up to 0.1 of what the epoch costs"
+    )
+    assert said(LinearProbeCallback(TAPS), model) == every + "."
+    assert said(LinearProbeCallback(TAPS, refit=0), model) == "No probe is refitted: refit=0."
+    probes = fitted(model, x, y)
+    assert said(probes, model) == every + "."
+
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            return super().train_step((-9 * data[0], data[1]))
+
+    own = compiled(Own([keras.Input((8, 8, 1)), *model.layers]), "adam")
+    probes = LinearProbeCallback(TAPS)
+    assert said(probes, own).startswith(every + ", if the model's own train_step calls it with x")
+    assert said(LinearProbeCallback(TAPS, mode="isolated"), own) == every + "."
+    own.fit(x, y, callbacks=[probes], verbose=0)
+    assert said(probes, own).startswith("No probe is refitted: the model's own train_step")
+
+    x[:, 0] = np.nan
+    probes = fitted(model, x, y)
+    assert "'norm' (no labelled examples with finite features)" in said(probes, model)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+def test_sparse_and_ragged_batches_are_kept(digits, kind):
+    """Where Keras passes them to the model as they are."""
+    (x, y), _ = digits
+    rows = x.reshape(len(x), 64)
+
+    class Sums(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden = layers.Dense(12, activation="relu", name="hidden")
+            self.out = layers.Dense(10, activation="softmax", name="out")
+
+        def call(self, x):
+            if isinstance(x, tf.RaggedTensor):
+                x = x.to_tensor(shape=(None, 64))
+            elif isinstance(x, tf.SparseTensor):
+                x = tf.sparse.to_dense(x)
+            return self.out(self.hidden(tf.reshape(x, (-1, 64))))
+
+    given = tf.RaggedTensor.from_tensor(rows) if kind == "ragged" else tf.sparse.from_dense(rows)
+    data = tf.data.Dataset.from_tensor_slices((given, y)).batch(32)
+    model = compiled(Sums(), "adam")
+    probes = LinearProbeCallback("hidden")
+    model.fit(data, epochs=2, callbacks=[probes], verbose=0)
+    assert [record.left_out for record in probes.results.refits] == [{}, {}]
+    assert [record.examples for record in probes.results.refits] == [320, 320]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,35 @@ def test_a_step_whose_batches_are_kept_is_the_one_it_would_have_been(digits, iso
 
 
 @pytest.mark.parametrize("isolated", [False, True])
+def test_batches_are_kept_of_steps_that_nobody_observes(digits, isolated):
+    (x, y), _ = digits
+    watcher = Watcher(isolated)
+    watcher.part = lambda step: Part(observe=step == 0, keep=step in (2, 6))
+    compiled(dense_net()).fit(x, y, 50, shuffle=False, callbacks=[watcher], verbose=0)
+    assert watcher.ended == [("train", 50)]
+    kept = np.concatenate([y_kept for ((_, y_kept),) in watcher.kept])
+    np.testing.assert_array_equal(kept, np.concatenate([y[100:150], y[300:]]))
+
+
+def test_a_train_function_that_takes_more_than_its_batch_ends_and_does_not_wait(digits):
+    (x, y), _ = digits
+    model = compiled(dense_net(), run_eagerly=True)
+
+    def make_train_function(force=False):
+        def two_batches(iterator):
+            model.train_step(next(iterator))
+            return model.train_step(next(iterator))
+
+        model.train_function = two_batches
+
+    model.make_train_function = make_train_function
+    watcher = Watcher()
+    watcher.part = lambda step: Part(keep=True)
+    model.fit(x, y, 50, callbacks=[watcher], verbose=0)
+    assert len(watcher.kept) == 1
+
+
+@pytest.mark.parametrize("isolated", [False, True])
 def test_steps_per_epoch_of_endless_data(digits, isolated):
     (x, y), _ = digits
     data = tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(40)
