@@ -20,7 +20,7 @@ from keras import layers
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
-from keras_probes.fit import PATH_TOL
+from keras_probes.offline.fit import PATH_TOL
 from keras_probes.probes.path import PENALTIES
 from keras_probes.probes.solver import Problem, fit_softmax
 

@@ -4,10 +4,10 @@ After Alain & Bengio (2016), "Understanding intermediate layers using linear cla
 """
 
 from keras_probes.callback import LinearProbeCallback
-from keras_probes.extract import extract_features
-from keras_probes.fit import fit_probes
-from keras_probes.results import ProbeResults
-from keras_probes.store.features import FeatureStore
+from keras_probes.offline.extract import extract_features
+from keras_probes.offline.fit import fit_probes
+from keras_probes.offline.store import FeatureStore
+from keras_probes.results.record import ProbeResults
 from keras_probes.taps.reduce import (
     Flatten,
     GlobalAverage,

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from keras_probes.extract import extract_features
-from keras_probes.fit import fit_probes
+from keras_probes.offline.extract import extract_features
+from keras_probes.offline.fit import fit_probes
+from keras_probes.offline.store import FeatureStore
 from keras_probes.online.checkpoint import Backups, Checkpoint
 from keras_probes.online.measured import rows_of, rows_of_batches
 from keras_probes.online.probes import OnlineProbes, Settings, mebibytes
@@ -25,8 +26,8 @@ from keras_probes.online.waiting import waiting
 from keras_probes.probes.measures import METRICS
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
-from keras_probes.results import BASELINES, ProbeResults, Row, name_of_measure, versions
-from keras_probes.store.features import FeatureStore
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import BASELINES, Row, name_of_measure, versions
 from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.reduce import Reduce
@@ -304,8 +305,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 )
             self._online.choose_taps(spec)
         sizes = self._online.sizes()
-        table = pd.DataFrame([dataclasses.asdict(tap) for tap in self._online.tap_infos()])
-        table["shape"] = [tap.shape_text for tap in self._online.tap_infos()]
+        table = pd.DataFrame([dataclasses.asdict(tap) for tap in self._online.plan.tap_infos()])
+        table["shape"] = [tap.shape_text for tap in self._online.plan.tap_infos()]
         table["parameters"] = [f"{parameters:,}" for parameters, _ in sizes.values()]
         table["memory"] = [mebibytes(memory) for _, memory in sizes.values()]
         print_fn(table.rename(columns={"name": "tap"}).to_string(index=False))
@@ -515,7 +516,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         with waiting(self._fit_params.get("verbose", 0)) as progress:
             measured = self._online.end_pass(kind, progress)
         if not self.results.taps:
-            self.results.taps, self.results.graph = self._online.tap_infos(), self._online.nodes()
+            plan = self._online.plan
+            self.results.taps, self.results.graph = plan.tap_infos(), plan.nodes()
             self.results.settings = {"model": self.model.name, **self._settings.described()}
             self.results.versions = versions()
         split = "train" if kind == "train" else self._test_split
@@ -539,7 +541,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         rows = list(rows_of_batches(online.steps, sums, before, self._epoch, self.metrics))
         if any(row.n for row in rows):
             self._logged = (batches, sums)
-            writer.write_batches(ProbeResults(online.tap_infos(), rows))
+            writer.write_batches(ProbeResults(online.plan.tap_infos(), rows))
 
 
 def _log_key(row: Row) -> str:

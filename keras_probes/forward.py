@@ -5,15 +5,17 @@ host is called at inference, and none of its state is touched.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import tensorflow as tf
 
 from keras_probes.probes.targets import Target
-from keras_probes.store.features import ArrayName
 from keras_probes.taps.batches import any_batch_size
 from keras_probes.taps.plan import TapPlan
+
+# What it is of a batch, and of which tap or target.
+Part = tuple[Literal["tap", "labels", "weights", "predictions"], str | None]
 
 
 class ForwardPass:
@@ -38,7 +40,7 @@ class ForwardPass:
             signature = [any_batch_size(spec)]
             self._run = tf.function(self._forward, input_signature=signature, autograph=False)
 
-    def __call__(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
+    def __call__(self, batch: Any) -> dict[Part, tf.Tensor]:
         """Returns all parts of a batch.
 
         Args:
@@ -62,7 +64,7 @@ class ForwardPass:
             },
         }
 
-    def labels(self, batch: Any) -> dict[ArrayName, tf.Tensor]:
+    def labels(self, batch: Any) -> dict[Part, tf.Tensor]:
         """Returns the labels alone, which takes no forward pass."""
         x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
         return {("labels", target.name): target.labels(x, y) for target in self._targets}

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from keras_probes.results import Node, ProbeResults, Row, TapInfo
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import Node, Row, TapInfo
 
 
 def results_of(errors, *, inputs=None, n=1000, split="validation", unprobed=(), **fields):

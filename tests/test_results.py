@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from keras_probes import ProbeResults
-from keras_probes.results import COLUMNS, Row, TapInfo, wilson_interval
+from keras_probes.results.schema import COLUMNS, Row, TapInfo, wilson_interval
 
 TAPS = [
     TapInfo("input", 0, "Input", (8, 8, 1), "Flatten", 64),

@@ -19,7 +19,8 @@ MIN_STEPS = 10**10  # for these, whatever an epoch costs: about a third of a CPU
 MIN_REFIT = 5 * 10**10  # likewise for the refit
 STEP_COST = 800  # of a feature of an example in a step: its draw, its statistics, many small calls
 PARAMETER_COST = 150  # of a parameter in a step, which reads and writes it a dozen times
-PASSES = 12  # of the solver, on average
+PASSES = 12  # of the solver, as they are planned
+MARGIN = 2.5  # times as many where they are needed: the next refits need fewer
 EXAMPLES_PER_FEATURE = 4  # of a tap; more change nothing that an interval can tell
 EXAMPLES_PER_CLASS = 100
 
@@ -59,7 +60,7 @@ class Costs:
         return min(math.ceil(step / allowed), MAX_EVERY)
 
     def refit(self, share: float, examples: int, available: int) -> tuple[int, int]:
-        """On how many examples to refit, and with how many passes over them.
+        """On how many examples to refit, and with how many passes over them at most.
 
         Args:
             share: How much it may cost, as a share of the host's epoch.
@@ -74,4 +75,4 @@ class Costs:
             for features, classes in self.sizes
         )
         n = max(2, min(available, useful, int(budget // (once + PASSES * a_pass))))
-        return n, max(2, int((budget - n * once) // (n * a_pass)))
+        return n, max(2, int(MARGIN * (budget - n * once) // (n * a_pass)))

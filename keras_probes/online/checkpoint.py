@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_probes.results import ProbeResults
-from keras_probes.store.results import write_whole
+from keras_probes.results.files import write_whole
+from keras_probes.results.record import ProbeResults
 
 _FORMAT = 1
 _SETTINGS, _ARRAYS, _RESULTS = "settings.json", "arrays.npz", "results/"

@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_probes.probes.measures import CODE_LENGTH, guesses, measure
 from keras_probes.probes.probe_set import Sums
-from keras_probes.results import Refit, Row
+from keras_probes.results.schema import Refit, Row
 
 # What Keras calls the share of examples that a model gets right.
 _ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_accuracy")

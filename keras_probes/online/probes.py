@@ -27,7 +27,7 @@ from keras_probes.probes.targets import (
     named_targets,
     resolve_targets,
 )
-from keras_probes.results import Node, Refit, TapInfo, name_of_baseline
+from keras_probes.results.schema import Refit, name_of_baseline
 from keras_probes.taps.capture import Kind, Part
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.record import Recording
@@ -152,14 +152,6 @@ class OnlineProbes:
                 warnings.filterwarnings("ignore", "When providing `inputs` as a dict")
                 self._model = keras.Model(inputs, outputs.get(None, outputs), name="linear_probes")
         return self._model
-
-    def tap_infos(self) -> list[TapInfo]:
-        """What the results say of each tap."""
-        return [TapInfo(**tap) for tap in self.plan.described()]
-
-    def nodes(self) -> list[Node]:
-        """The host's layers and the taps, as the results keep them."""
-        return [Node(**node) for node in self.plan.described_graph()]
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Number of parameters, and memory in bytes, of the probes of each tap.

@@ -19,7 +19,7 @@ from keras_probes.online.budget import Costs
 from keras_probes.online.sample import MAX_EXAMPLES, Sample, examples_in
 from keras_probes.probes.probe_set import ProbeSet
 from keras_probes.probes.targets import Target
-from keras_probes.results import Refit
+from keras_probes.results.schema import Refit
 from keras_probes.taps.plan import TapPlan
 
 Progress = Callable[[str], None]

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_probes.results.schema import Node, TapInfo
 from keras_probes.taps.graph import HostGraph, Tap, call_at_inference, trace
 from keras_probes.taps.record import Recording, record_calls
 from keras_probes.taps.reduce import Reduce, StopGradient, reduction_for
@@ -61,22 +62,22 @@ class TapPlan:
         """Number of features by tap name."""
         return {t.tap.name: t.n_features for t in self.taps}
 
-    def described(self) -> list[dict[str, Any]]:
-        """What tables say of each tap: the fields of `results.TapInfo`."""
+    def tap_infos(self) -> list[TapInfo]:
+        """What the results say of each tap."""
         return [
-            {
-                "name": t.tap.name,
-                "depth": t.tap.depth,
-                "layer": t.tap.layer_type,
-                "shape": (t.tap.shape or (None,))[1:],
-                "reduction": type(t.reduction).__name__,
-                "features": t.n_features,
-            }
+            TapInfo(
+                name=t.tap.name,
+                depth=t.tap.depth,
+                layer=t.tap.layer_type,
+                shape=(t.tap.shape or (None,))[1:],
+                reduction=type(t.reduction).__name__,
+                features=t.n_features,
+            )
             for t in self.taps
         ]
 
-    def described_graph(self) -> list[dict[str, Any]]:
-        """Every layer of the host and every tap, in graph order: the fields of `results.Node`."""
+    def nodes(self) -> list[Node]:
+        """Every layer of the host and every tap, in graph order, as the results keep them."""
         taps = {tap.name: tap for tap in self.graph.taps}
         names = {name: name for name in self.graph.inputs}  # by first name, the one that is shown
         for name in reversed(self.n_features):
@@ -86,12 +87,12 @@ class TapPlan:
         for name in self.n_features:
             above.setdefault(name, (self.graph.same[name],))  # a second name that is probed as well
         return [
-            {
-                "name": name,
-                "layer": taps[name].layer_type,
-                "shape": (taps[name].shape or (None,))[1:],
-                "inputs": tuple(names[of] for of in above[name]),
-            }
+            Node(
+                name=name,
+                layer=taps[name].layer_type,
+                shape=(taps[name].shape or (None,))[1:],
+                inputs=tuple(names[of] for of in above[name]),
+            )
             for name in sorted(above, key=list(taps).index)
         ]
 

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import pandas as pd
 
-from keras_probes.results import ProbeResults
+from keras_probes.results.record import ProbeResults
 from keras_probes.view.layout import Layout, layout_of
 from keras_probes.view.table import CONVERGED
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_probes.results import Node, ProbeResults, shape_text
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import Node, shape_text
 from keras_probes.view.layout import folded
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from keras_probes.results import Node, ProbeResults
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import Node
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_probes.results import ProbeResults
+from keras_probes.results.record import ProbeResults
 from keras_probes.view.layout import Layout, layout_of, thinned
 
 if TYPE_CHECKING:

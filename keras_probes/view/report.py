@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from keras_probes.results import ProbeResults
+from keras_probes.results.record import ProbeResults
 from keras_probes.view.diagnose import Findings, diagnose
 from keras_probes.view.graph import color_scale, graph_of, ink, rendered
 from keras_probes.view.layout import layout_of

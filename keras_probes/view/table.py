@@ -10,14 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from keras_probes.results import (
-    BASELINES,
-    ERRORS,
-    SPLITS,
-    ProbeResults,
-    TapInfo,
-    name_of_baseline,
-)
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import BASELINES, ERRORS, SPLITS, TapInfo, name_of_baseline
 from keras_probes.view.layout import thinned
 
 CONVERGED = 1e-2  # nats; of a probe that trained online

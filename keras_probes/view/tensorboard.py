@@ -18,7 +18,8 @@ from typing import Any
 import pandas as pd
 import tensorflow as tf
 
-from keras_probes.results import ProbeResults, Row, name_of_measure
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import Row, name_of_measure
 from keras_probes.view.graph import graph_of, rendered
 from keras_probes.view.plots import plot_depth
 from keras_probes.view.table import ONCE

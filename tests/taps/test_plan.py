@@ -60,8 +60,8 @@ def test_the_graph_shows_a_tensor_by_the_name_that_is_probed():
     host = keras.Model(inputs, layers.Dense(2, name="head")(x))
 
     def graph(*taps):
-        nodes = plan_of(host, list(taps)).described_graph()
-        return {node["name"]: node["inputs"] for node in nodes}
+        nodes = plan_of(host, list(taps)).nodes()
+        return {node.name: node.inputs for node in nodes}
 
     assert graph("head") == {"input": (), "inner/last": ("input",), "head": ("inner/last",)}
     assert graph("inner") == {"input": (), "inner": ("input",), "head": ("inner",)}

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from made import results_of
 
-from keras_probes.results import Probe, ProbeResults, wilson_interval
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import Probe, wilson_interval
 from keras_probes.view.plots import MOST_LABELS, plot_curves, plot_depth, plot_heatmap
 
 matplotlib.use("Agg")

@@ -11,7 +11,8 @@ from made import results_of
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from keras_probes.results import Node, ProbeResults, Row, TapInfo
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import Node, Row, TapInfo
 from keras_probes.view.graph import color_scale
 
 NASTY = '<script>alert("1")</script>'

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_probes.results import Probe
+from keras_probes.results.schema import Probe
 from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.plan import make_plan
 

@@ -5,6 +5,7 @@ of the callback; `fit_probes` does the rest.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -19,9 +20,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_probes.forward import ForwardPass
+from keras_probes.offline.store import DTYPES, FORMAT, ArrayName, FeatureStore
 from keras_probes.probes.targets import Target, resolve_targets
-from keras_probes.results import versions
-from keras_probes.store.features import DTYPES, FORMAT, ArrayName, FeatureStore
+from keras_probes.results.schema import versions
 from keras_probes.taps.batches import batches_of
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.reduce import RandomFeatures, Reduce
@@ -97,8 +98,8 @@ def extract_features(
         "rows": batches.rows,
         "chunk_rows": size * math.ceil(CHUNK_ROWS / size),
         "dtype": dtype,
-        "taps": plan.described(),
-        "graph": plan.described_graph(),
+        "taps": [dataclasses.asdict(tap) for tap in plan.tap_infos()],
+        "graph": [dataclasses.asdict(node) for node in plan.nodes()],
         "reductions": {
             t.tap.name: keras.saving.serialize_keras_object(t.reduction) for t in plan.taps
         },

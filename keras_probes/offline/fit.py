@@ -15,12 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.offline.store import FeatureStore, StoredArray
 from keras_probes.probes.measures import METRICS, SUMS, batch_sums, guesses, measure
 from keras_probes.probes.path import PENALTIES, choose_penalty
 from keras_probes.probes.solver import Block, Fit, Problem, fit_softmax
 from keras_probes.probes.spread import inverse_spread
-from keras_probes.results import Node, Probe, ProbeResults, Row, versions
-from keras_probes.store.features import FeatureStore, StoredArray
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import Node, Probe, Row, versions
 
 PATH_TOL = 1e-3  # nats; enough to compare validation losses
 READ_ROWS = 8192  # about so many rows are in the works at a time

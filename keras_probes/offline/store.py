@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.results import TapInfo
+from keras_probes.results.schema import TapInfo
 
 FORMAT = 1
 DTYPES = ("float32", "float16", "bfloat16")

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from keras_probes.results import NUMBERS, Node, Probe, ProbeResults, Refit, Row, TapInfo
+from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import NUMBERS, Node, Probe, Refit, Row, TapInfo
 
 _MANIFEST = "probes.json"
 _FORMAT = 1

@@ -22,7 +22,7 @@ from keras_probes import (
 )
 
 ROWS = 2130  # in batches of 50: two chunks of 1,050 rows and one of 30
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def data(rows=ROWS):
@@ -155,7 +155,7 @@ def killed(path, at, given="None"):
     script = f"""
         import os, signal, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        from test_extract import data, extract, generator
+        from offline.test_extract import data, extract, generator
         from zarr.storage import _local
 
         original = _local._atomic_write
@@ -223,7 +223,7 @@ def test_workers_at_the_same_time(whole, tmp_path):
     script = f"""
         import sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        from test_extract import extract, generator
+        from offline.test_extract import extract, generator
         extract({str(tmp_path / "s")!r}, generator(), worker=(int(sys.argv[1]), 2))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -239,7 +239,7 @@ def test_a_full_disk_is_a_clear_error_and_the_store_goes_on(whole, tmp_path):
     script = f"""
         import resource, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        from test_extract import extract
+        from offline.test_extract import extract
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         extract({str(tmp_path / "s")!r})
     """

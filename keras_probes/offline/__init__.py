@@ -1,0 +1,1 @@
+"""Probes of a finished model: the offline driver."""

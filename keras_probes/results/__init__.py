@@ -1,0 +1,1 @@
+"""The record of what probes measured, and its files."""

@@ -1,0 +1,200 @@
+"""What a record is made of: taps, layers, measures. A leaf that all may import.
+
+In and out: values.
+"""
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Z_95 = 1.959963984540054  # 97.5% point of the standard normal distribution
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = (
+    "epoch",
+    "step",
+    "split",
+    "target",
+    "tap",
+    "depth",
+    "metric",
+    "value",
+    "n",
+    "ci_low",
+    "ci_high",
+    "nonfinite",
+    "certificate",
+    "majority",
+    "chance",
+    "host",
+)
+BASELINES = ("initial", "shuffled")
+ERRORS = ("error", "top5_error")  # the metrics that are proportions
+NUMBERS = ("value", "certificate", "majority", "chance", "host")  # that may be NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class TapInfo:
+    """What the table says of a tap.
+
+    Attributes:
+        name: Canonical tap name.
+        depth: Position along the graph, 0 is the input.
+        layer: Class name of the layer.
+        shape: Shape of one example's activation, without the batch.
+        reduction: What makes features of it.
+        features: Number of features of the probe.
+    """
+
+    name: str
+    depth: int
+    layer: str
+    shape: tuple[int | None, ...]
+    reduction: str
+    features: int
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "TapInfo":
+        """Made of its fields as JSON gives them back, with lists for tuples."""
+        return cls(**{**fields, "shape": tuple(fields["shape"])})
+
+    @property
+    def shape_text(self) -> str:
+        """The shape as tables show it, such as `28 x 28 x 3`."""
+        return shape_text(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A layer of the host, or a tap.
+
+    Attributes:
+        name: Its name; of a tap, the tap's.
+        layer: Class name of the layer.
+        shape: Shape of one example's activation, without the batch.
+        inputs: Names of the nodes it is computed from.
+    """
+
+    name: str
+    layer: str
+    shape: tuple[int | None, ...]
+    inputs: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Node":
+        """Made of its fields as JSON gives them back, with lists for tuples."""
+        lists = {name: tuple(fields[name]) for name in ("shape", "inputs")}
+        return cls(**{**fields, **lists})
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measure of one probe.
+
+    Attributes:
+        epoch: Epoch, from 0, as in Keras's History.
+        step: Number of batches the probes were trained on until then.
+        split: `"train"`, `"validation"` or `"test"`.
+        target: Name of the target; `None` if there is a single, unnamed one.
+        tap: Tap name.
+        metric: `"error"`, `"loss"` (nats), `"top5_error"`, or of the first pass of training
+            `"code_length"` (bits a label).
+        value: The measure; NaN where no example could be measured.
+        n: Number of examples it was measured on.
+        nonfinite: Number of examples left out since a feature was NaN or infinite.
+        certificate: Upper bound on how far the training objective of the probe that was measured
+            is above its optimum, in nats; NaN if none is known.
+        majority: The measure of who sees no feature, and answers by the class frequencies of the
+            training labels alone; NaN if they are not known.
+        chance: That of who does not know these either.
+        host: That of the host itself; NaN if it is not known.
+    """
+
+    epoch: int
+    step: int
+    split: str
+    target: str | None
+    tap: str
+    metric: str
+    value: float
+    n: int
+    nonfinite: int = 0
+    certificate: float = math.nan
+    majority: float = math.nan
+    chance: float = math.nan
+    host: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Refit:
+    """How probes that train online were refitted at the end of an epoch.
+
+    Attributes:
+        epoch: Epoch, from 0.
+        examples: Number of examples of the epoch that they were refitted on.
+        seconds: How long it took.
+        left_out: By tap, why its probes stayed as they had trained.
+    """
+
+    epoch: int
+    examples: int
+    seconds: float
+    left_out: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A softmax-linear classifier on the raw, reduced features h of a tap: softmax(h @ W + b).
+
+    Attributes:
+        kernel: W, float32, shape (n_features, num_classes).
+        bias: b, float32, shape (num_classes,).
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """Of the libraries that what is measured depends on, and of others by name."""
+    names = ("keras_probes", "keras", "tensorflow", "numpy", *libraries)
+    return {name: importlib.import_module(name).__version__ for name in names}
+
+
+def name_of_baseline(baseline: str, target: str | None) -> str:
+    """The name that measures of a baseline, one of `BASELINES`, have in place of a target's."""
+    return baseline if target is None else f"{target}_{baseline}"
+
+
+def name_of_measure(metric: str, target: str | None) -> str:
+    """The name that a metric of a target has in logs and in TensorBoard."""
+    return f"probe_{metric}" if target is None else f"probe_{target}_{metric}"
+
+
+def shape_text(shape: Sequence[int | None]) -> str:
+    """A shape as tables and pictures show it, such as `28 x 28 x 3`."""
+    return " x ".join("?" if size is None else str(size) for size in shape)
+
+
+def wilson_interval(error: float, n: int) -> tuple[float, float]:
+    """95% confidence interval of a proportion (Wilson 1927).
+
+    Args:
+        error: Observed proportion, 0 to 1.
+        n: Number of examples.
+
+    Returns:
+        Lower and upper bound, 0 to 1; NaN where there are no examples.
+    """
+    if n == 0 or math.isnan(error):
+        return math.nan, math.nan
+    centre = error + Z_95**2 / (2 * n)
+    half = Z_95 * math.sqrt(error * (1 - error) / n + Z_95**2 / (4 * n**2))
+    scale = 1 + Z_95**2 / n
+    # Rounding must not push a bound past the observed proportion at 0 and 1.
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return min(error, max(0.0, low)), max(error, min(1.0, high))
