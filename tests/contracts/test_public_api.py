@@ -47,7 +47,7 @@ def test_signature_of_the_callback():
         "update_freq": "epoch",
         "backup_dir": None,
         "seed": 0,
-        "refit": 0.25,
+        "refit": 0.1,
     }
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["layers"]
     assert issubclass(LinearProbeCallback, keras.callbacks.Callback)

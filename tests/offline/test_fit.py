@@ -11,7 +11,8 @@ from hosts import convnet, dense_net
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-from keras_probes import FeatureStore, ProbeResults, extract_features, fit, fit_probes
+from keras_probes import FeatureStore, ProbeResults, extract_features, fit_probes
+from keras_probes.offline import fit
 
 FIT_METRICS = {"l2", "iterations", "objective", "gradient_norm", "converged"}
 
