@@ -47,6 +47,7 @@ Block: TypeAlias = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 PAIRS = 10  # that L-BFGS keeps
 RANK = 32  # of the sketch of Z'SZ
 SMOOTHING = 0.5  # examples more of each class: the log of none is nothing to pull to
+MIN_VARIANCE = 1e-6  # of the largest, in any direction
 MIN_CURVATURE = 1e-7  # of a class; below, float32 can't tell
 SAFETY = 0.2  # the estimated distance from the optimum is up to a few times too small
 MAX_BACKTRACKS = 20
@@ -214,12 +215,14 @@ class Basis:
         half = shifted @ (vectors / np.sqrt(np.maximum(values, shift[:, 0] * 1e-3)[:, None]))
         squares, turn = np.linalg.eigh(half.swapaxes(1, 2) @ half)
         squares = np.maximum(squares, 1e-30)[:, None]
-        variances = np.maximum(squares - shift, 0.0)
-        left = np.maximum(trace / total - variances.sum(axis=(1, 2)), 0.0)
+        # Less than that float32 does not distinguish from nothing.
+        least = MIN_VARIANCE * squares.max(axis=(1, 2), keepdims=True)
+        variances = np.maximum(squares - shift, least)
+        left = trace / total - variances.sum(axis=(1, 2))
         return cls(
             tf.constant(half @ turn / np.sqrt(squares), tf.float32),
             variances.swapaxes(1, 2),
-            (left / max(features - rank, 1))[:, None, None],
+            np.maximum((left / max(features - rank, 1))[:, None, None], least),
         )
 
     def scaled(self, gradient: np.ndarray, curvature: np.ndarray, l2: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from scipy.special import logsumexp, softmax
 from sklearn.linear_model import LogisticRegression
 
 from keras_probes.probes import solver
+from keras_probes.probes.path import PENALTIES
 from keras_probes.probes.solver import Problem, fit_softmax
 
 CLASSES = 4
@@ -118,6 +119,19 @@ def test_objective_is_the_one_written_down():
         assert fit.objective[0] == pytest.approx(expected, rel=1e-6)
         again = fit_softmax(given, 1e-2, start=fit.weights, max_passes=1, **how)
         assert again.began[0] == pytest.approx(expected, 1e-6)
+
+
+def test_a_weak_penalty_is_proven_at_the_end_of_a_path_too():
+    """Features that nearly all vary together: averages of a first layer's channels."""
+    z, labels, weights = rows()
+    mixed = z[:, :3] @ np.random.default_rng(0).normal(size=(3, 12))
+    z = (mixed * np.logspace(0, -4, 12) + mixed[:, :1]).astype("float32")
+    given, start = problem(z, labels, weights), None
+    for l2 in PENALTIES:
+        start = fit_softmax(given, l2, start=start, tol=1e-3, certify=False).weights
+    fit = fit_softmax(given, PENALTIES[-1], start=start, max_passes=3000)
+    assert fit.certificate[0] <= 1e-6
+    assert fit.converged[0]
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
