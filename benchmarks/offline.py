@@ -26,7 +26,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_probes import FeatureStore, extract_features, fit, fit_probes
+from keras_probes import FeatureStore, extract_features, fit_probes
+from keras_probes.offline import fit
 from keras_probes.taps.reduce import GlobalAverage
 
 

@@ -33,7 +33,6 @@ from hosts import HOSTS
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from keras_probes import GlobalAverage, LinearProbeCallback, RandomFeatures
-from keras_probes.online.probes import MANY_CLASSES
 from keras_probes.taps.graph import input_spec_of, trace
 from keras_probes.taps.select import select
 
@@ -94,9 +93,7 @@ class Variant:
         taps = [tap.name for tap in select(graph, layers)]
         places = np.linspace(0, len(taps) - 1, args.probes or len(taps)).round().astype(int)
         self.taps = [taps[place] for place in places]
-        many = self.classes >= MANY_CLASSES and args.every == "auto"
-        every = round(MANY_CLASSES / self.batch) if many else args.every
-        self.clock = Clock(1 if every == "auto" else int(every))
+        self.clock = Clock(args.every)
         self.probes = None if name == "bare" else self._probes(name, args.reduce, args.every)
 
     def _probes(self, name, reduce, every):
@@ -113,7 +110,7 @@ class Variant:
         mode = "isolated" if name == "isolated" else "shared"
         return LinearProbeCallback(
             self.taps, reduce=REDUCTIONS[reduce](), mode=mode, refit=0.25 if name == "kept" else 0,
-            every=every if every == "auto" else int(every),
+            every=every,
         )  # fmt: skip
 
     def run(self):
@@ -236,7 +233,7 @@ def main():
     parser.add_argument("--classes", type=int, help="instead of 1,000, of ResNet-50 and Inception")
     parser.add_argument("--steps", type=int, default=40, help="steps an epoch")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--every", default="auto", help="probes take part in every k-th step")
+    parser.add_argument("--every", type=int, default=1, help="probes take part in every k-th step")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -405,7 +405,7 @@ def test_a_second_fit_goes_on_and_an_instance_serves_another_model(digits):
     model, first = fit(digits, probes, epochs=1)
     _, second = fit(digits, probes, model, epochs=2, initial_epoch=1)
     key = "val_probe_loss/input"
-    assert second.history[key][0] < first.history[key][0]
+    assert second.history[key][0] < first.history[key][0] + 0.01  # at the optimum in both
     key = "probe_loss/input"  # of each batch before the step on it: 1.7, then 0.001
     assert second.history[key][0] < 0.5 * first.history[key][0]
     frame = probes.results.frame()
@@ -700,7 +700,7 @@ def test_results_know_what_was_asked_and_by_which_versions(digits, tmp_path):
         "num_classes": "odd: 2",
         "every": "auto",
         "seed": 0,
-        "refit": 0.25,
+        "refit": 0.1,
         "mode": "isolated",
     }
     assert probes.results.versions["keras"] == keras.__version__

@@ -46,17 +46,19 @@ class Costs:
         return 3 * self.work * examples
 
     def every(self, batches: int, examples: int, steps: int | None) -> int:
-        """In every so-manieth step probes take part.
+        """In every so-manieth step probes take part; in all of an epoch of unknown length.
 
         Args:
             batches: Number of batches of a step.
             examples: Number of examples in them.
             steps: Number of steps in the epoch, where it is known.
         """
+        if steps is None:
+            return 1
         features = sum(features for features, _ in self.sizes)
         parameters = sum((features + 1) * classes for features, classes in self.sizes)
         step = STEP_COST * features * examples + PARAMETER_COST * parameters * batches
-        allowed = max(STEPS_SHARE * self.of_host(examples), MIN_STEPS / (steps or math.inf), 1)
+        allowed = max(STEPS_SHARE * self.of_host(examples), MIN_STEPS / max(steps, 1))
         return min(math.ceil(step / allowed), MAX_EVERY)
 
     def refit(self, share: float, examples: int, available: int) -> tuple[int, int]:

@@ -84,7 +84,7 @@ class OnlineProbes:
         self._pending: Mapping[str, np.ndarray] | None = None  # to restore once built
         self._refitter = Refitter(settings.refit, settings.seed)
         self._first_pass = True  # whether the probes had seen no example before this epoch
-        self._steps: int | None = None  # number of steps of the epoch, where it is known
+        self._steps_of_epoch: int | None = None  # number of steps of the epoch, where it is known
         self._step = 0  # the one of them that is running
         self._every = 1  # probes take part in every so-manieth
 
@@ -205,8 +205,8 @@ class OnlineProbes:
             steps: Number of its batches, where it is known.
         """
         at_once = self.host.steps_per_execution
-        self._steps = None if steps is None else math.ceil(steps / at_once)
-        self._refitter.begin(epoch, self._steps)
+        self._steps_of_epoch = None if steps is None else math.ceil(steps / at_once)
+        self._refitter.begin(epoch, self._steps_of_epoch)
         self._first_pass = not self.restoring and not self.steps
         self.reset_sums("train")
 
@@ -330,7 +330,7 @@ class OnlineProbes:
         if self._settings.every != "auto":
             return int(self._settings.every)
         examples = sum(map(examples_in, batches))
-        return costs_of(self._snapshots).every(len(batches), examples, self._steps)
+        return costs_of(self._snapshots).every(len(batches), examples, self._steps_of_epoch)
 
     def layers(self) -> Iterable[keras.Operation]:
         return self.plan.layers()
