@@ -301,8 +301,8 @@ def test_the_summary_says_which_probes_are_refitted(digits):
     own.fit(x, y, callbacks=[probes], verbose=0)
     assert said(probes, own).startswith("No probe is refitted: the model's own train_step")
 
-    x[:, 0] = np.nan
-    probes = fitted(model, x, y)
+    spoiled = np.full_like(x, np.nan)
+    probes = fitted(model, spoiled, y)
     assert "'norm' (no labelled examples with finite features)" in said(probes, model)
 
 
