@@ -138,8 +138,8 @@ def fit_probes_on_nothing(path):
     """Loads libraries and compiles, so that neither counts."""
     store = FeatureStore(path)
     z = store.features("input")[:1024]
-    tensors = tf.constant(z), tf.constant(store.labels()[:1024]), tf.ones(1024)
-    fit.fit_softmax(fit.Problem(lambda: [tensors], z.shape[1], 10), 1.0)
+    block = tf.constant(z[None]), tf.constant(store.labels()[:1024]), tf.ones((1, len(z)))
+    fit.fit_softmax(fit.Problem([block], (1, z.shape[1], 10)), 1.0)
     Passes.made.clear()
 
 
