@@ -176,6 +176,7 @@ class Joint:
                 self._relays.clear()
                 raise
             except BaseException:
+                self._relays.clear()  # a batch that no step took is not the next fit's
                 self._remove()
                 raise
             self._last[kind] = (logs, list(observers))
@@ -442,12 +443,17 @@ def _of_replica(spec: Any) -> Any:
     return getattr(spec, _OF_REPLICAS, [spec])[0]
 
 
+def has_own_step(host: keras.Model) -> bool:
+    """Whether the host's `train_step` is its own and not Keras's."""
+    return type(host).train_step is not keras.Model.train_step
+
+
 def _build_optimizer(host: keras.Model) -> None:
     """Makes the optimizer's slots: TensorFlow throws away the first trace of what makes variables.
 
     Left to the host where it has a step of its own, which may do without.
     """
-    if type(host).train_step is keras.Model.train_step and not host.optimizer.built:
+    if not has_own_step(host) and not host.optimizer.built:
         with host.distribute_strategy.scope():
             host.optimizer.build(host.trainable_variables)
 

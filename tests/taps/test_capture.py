@@ -114,6 +114,31 @@ def test_a_step_whose_batches_are_kept_is_the_one_it_would_have_been(digits, iso
         np.testing.assert_array_equal(y_kept, y[50 * step : 50 * step + 50])
 
 
+def test_a_batch_that_a_failed_step_left_is_not_taken_by_the_next_fit(digits):
+    (x, y), _ = digits
+
+    class Again(Watcher):
+        fails = True
+
+        def join(self, kind):
+            self.joint = getattr(self, "joint", None) or Joint(self.model)
+            self.joint.attach(kind, self, self.end_pass, self.run)
+
+        def observe(self, kind, recording, data):
+            if self.fails:
+                raise RuntimeError("while it is traced")
+            super().observe(kind, recording, data)
+
+    watcher, model = Again(), compiled(dense_net())
+    model.fit(x, y, 50, verbose=0)  # makes what the first trace of a step makes
+    with pytest.raises(RuntimeError, match="traced"):
+        model.fit(x + 1e6, y, 50, shuffle=False, callbacks=[watcher], verbose=0)
+    watcher.fails = False
+    model.fit(x, y, 50, shuffle=False, callbacks=[watcher], verbose=0)
+    assert watcher.ended == [("train", 320)]
+    assert float(watcher.total) == pytest.approx(x.sum(), rel=1e-4)
+
+
 @pytest.mark.parametrize("isolated", [False, True])
 def test_batches_are_kept_of_steps_that_nobody_observes(digits, isolated):
     (x, y), _ = digits
