@@ -23,7 +23,7 @@ from keras_probes.forward import ForwardPass
 from keras_probes.offline.store import DTYPES, FORMAT, ArrayName, FeatureStore
 from keras_probes.probes.targets import Target, resolve_targets
 from keras_probes.results.schema import versions
-from keras_probes.taps.batches import batches_of
+from keras_probes.taps.batches import batches_of, examples_in
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.reduce import RandomFeatures, Reduce
 from keras_probes.taps.select import Selector
@@ -92,7 +92,7 @@ def extract_features(
     first = next(iterator, None)
     if first is None:
         raise ValueError("The data are empty. Expected at least one example.")
-    size = _length(first)
+    size = examples_in(first)
     manifest = {
         "format": FORMAT,
         "rows": batches.rows,
@@ -116,9 +116,9 @@ def extract_features(
     forward = ForwardPass(plan, targets, batches.spec, dtype)
     with _progress(batches.rows, verbose) as progress, _Writer(store, worker) as writer:
         for batch in itertools.chain([first], iterator):
-            parts = forward(batch) if writer.wants(_length(batch)) else forward.labels(batch)
+            parts = forward(batch) if writer.wants(examples_in(batch)) else forward.labels(batch)
             writer.add(_checked(parts, targets))
-            progress.update(_length(batch))
+            progress.update(examples_in(batch))
     store.finish(writer.rows)
     return FeatureStore(path)
 
@@ -234,10 +234,6 @@ def _progress(rows: int | None, verbose: bool) -> Any:
     from tqdm import tqdm  # comes with the extra that zarr comes with
 
     return tqdm(total=rows, unit=" images", desc="extracting features", disable=not verbose)
-
-
-def _length(batch: Any) -> int:
-    return int(tf.nest.flatten(batch)[0].shape[0])
 
 
 def _subsets(plan: TapPlan) -> dict[str | None, np.ndarray]:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from keras_probes.probes.probe_set import parameters_of
 from keras_probes.probes.refit import pass_cost, prepare_cost
 
 STEPS_SHARE = 0.05  # of an epoch, for the probes' own steps
@@ -56,7 +57,7 @@ class Costs:
         if steps is None:
             return 1
         features = sum(features for features, _ in self.sizes)
-        parameters = sum((features + 1) * classes for features, classes in self.sizes)
+        parameters = sum(parameters_of(*size) for size in self.sizes)
         step = STEP_COST * features * examples + PARAMETER_COST * parameters * batches
         allowed = max(STEPS_SHARE * self.of_host(examples), MIN_STEPS / max(steps, 1))
         return min(math.ceil(step / allowed), MAX_EVERY)

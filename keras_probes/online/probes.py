@@ -17,7 +17,6 @@ import tensorflow as tf
 
 from keras_probes.online.measured import Measured
 from keras_probes.online.refit import Progress, Refitter, Snapshot, costs_of
-from keras_probes.online.sample import examples_in
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Sums, memory_of, parameters_of
 from keras_probes.probes.targets import (
@@ -28,7 +27,8 @@ from keras_probes.probes.targets import (
     resolve_targets,
 )
 from keras_probes.results.schema import Refit, name_of_baseline
-from keras_probes.taps.capture import Kind, Part
+from keras_probes.taps.batches import examples_in
+from keras_probes.taps.capture import Kind, Part, has_own_step
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
@@ -190,7 +190,7 @@ class OnlineProbes:
             taps = ", ".join(f"{tap!r} ({reason})" for tap, reason in last.left_out.items())
             return f"Not refitted at the end of the last epoch: {taps}."
         share = f"for up to {self._settings.refit:g} of what the epoch costs"
-        if last is None and not self.isolated and _has_own_step(self.host):
+        if last is None and not self.isolated and has_own_step(self.host):
             return (
                 f"All probes are refitted at the end of each epoch, {share}, if the model's own "
                 "train_step calls it with x as it comes; else none is."
@@ -439,13 +439,9 @@ def _of_today(
 def _takes_x(host: keras.Model, recording: Recording, x: Any) -> bool:
     """Whether a step calls the host with the x of its data, and not with what it makes of it."""
     given = tf.nest.flatten(x, expand_composites=True)
-    return not _has_own_step(host) or all(
+    return not has_own_step(host) or all(
         any(s is part for part in given) for s in recording.sources
     )
-
-
-def _has_own_step(host: keras.Model) -> bool:
-    return type(host).train_step is not keras.Model.train_step
 
 
 def _check_rows(features: tf.Tensor, labels: tf.Tensor) -> None:

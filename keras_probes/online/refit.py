@@ -16,10 +16,11 @@ import tensorflow as tf
 
 from keras_probes.forward import ForwardPass
 from keras_probes.online.budget import Costs
-from keras_probes.online.sample import MAX_EXAMPLES, Sample, examples_in
+from keras_probes.online.sample import MAX_EXAMPLES, Sample
 from keras_probes.probes.probe_set import ProbeSet
 from keras_probes.probes.targets import Target
 from keras_probes.results.schema import Refit
+from keras_probes.taps.batches import examples_in
 from keras_probes.taps.plan import TapPlan
 
 Progress = Callable[[str], None]

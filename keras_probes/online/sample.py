@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.taps.batches import examples_in
+
 MAX_EXAMPLES = 10_000
 MAX_BYTES = 512 * 2**20  # of the examples with their features
 
@@ -94,11 +96,6 @@ def _cut(batches: Sequence[Any], n: int) -> Iterator[Any]:
             batch = tf.nest.map_structure(lambda part, n=n: part[:n], batch)
         yield batch
         n -= size
-
-
-def examples_in(batch: Any) -> int:
-    """Number of examples of a batch."""
-    return int(tf.nest.flatten(batch)[0].shape[0])
 
 
 def _bytes(batch: Any) -> int:

@@ -77,6 +77,11 @@ def any_batch_size(spec: Any) -> Any:
     return tf.nest.map_structure(freed, spec)
 
 
+def examples_in(batch: Any) -> int:
+    """Number of examples of a batch."""
+    return int(tf.nest.flatten(batch)[0].shape[0])
+
+
 def _rows(x: Any) -> int | None:
     """Number of rows of arrays; `None` for anything else."""
     leaves = keras.tree.flatten(x)
