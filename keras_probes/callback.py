@@ -16,6 +16,9 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
+from keras_probes.capture.joint import Joint
+from keras_probes.capture.keras_run import calling_lists, quiet_progress_bar
+from keras_probes.capture.steps import Kind
 from keras_probes.offline.extract import extract_features
 from keras_probes.offline.fit import fit_probes
 from keras_probes.offline.store import FeatureStore
@@ -28,7 +31,6 @@ from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
 from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import BASELINES, Row, name_of_measure, versions
-from keras_probes.taps.capture import Joint, Kind, calling_lists, quiet_progress_bar
 from keras_probes.taps.graph import input_spec_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector, nearest
@@ -362,7 +364,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        quiet_progress_bar(lambda: self._joint)
+        quiet_progress_bar(lambda: self._joint.keys if self._joint else ())
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._check_host(self.model)

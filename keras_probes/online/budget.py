@@ -18,7 +18,8 @@ STEPS_SHARE = 0.05  # of an epoch, for the probes' own steps
 MAX_EVERY = 8  # with fewer steps, a probe learns too little of an epoch
 MIN_STEPS = 10**10  # for these, whatever an epoch costs: about a third of a CPU second
 MIN_REFIT = 5 * 10**10  # likewise for the refit
-STEP_COST = 800  # of a feature of an example in a step: its draw, its statistics, many small calls
+STEP_COST = 800  # of a feature of an example in a step: its draw and its statistics
+STEP_CALLS = 10**8  # of a step: its many small calls
 PARAMETER_COST = 150  # of a parameter in a step, which reads and writes it a dozen times
 PASSES = 12  # of the solver, as they are planned
 MARGIN = 2.5  # times as many where they are needed: the next refits need fewer
@@ -58,7 +59,9 @@ class Costs:
             return 1
         features = sum(features for features, _ in self.sizes)
         parameters = sum(parameters_of(*size) for size in self.sizes)
-        step = STEP_COST * features * examples + PARAMETER_COST * parameters * batches
+        step = (
+            STEP_COST * features * examples + (PARAMETER_COST * parameters + STEP_CALLS) * batches
+        )
         allowed = max(STEPS_SHARE * self.of_host(examples), MIN_STEPS / max(steps, 1))
         return min(math.ceil(step / allowed), MAX_EVERY)
 

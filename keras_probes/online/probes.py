@@ -1,7 +1,7 @@
 """The probes of one host, riding in its steps.
 
 In: batches, as a host computes them. Out: trained probes and what they measured. This is the
-observer that `taps.capture` calls; the callback decides when.
+observer that `capture` calls; the callback decides when.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.capture.steps import Kind, Part, has_own_step
 from keras_probes.online.measured import Measured
 from keras_probes.online.refit import Progress, Refitter, Snapshot, costs_of
 from keras_probes.probes.optimizer import own_optimizer
@@ -28,7 +29,6 @@ from keras_probes.probes.targets import (
 )
 from keras_probes.results.schema import Refit, name_of_baseline
 from keras_probes.taps.batches import examples_in
-from keras_probes.taps.capture import Kind, Part, has_own_step
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
@@ -267,7 +267,7 @@ class OnlineProbes:
         }
         return {**self.probes.variables, **subsets, **initial}
 
-    # What the joint calls: the protocol `capture.Observer`.
+    # What the joint calls: the protocol `capture.steps.Observer`.
 
     def prepare(self, data_spec: Any) -> None:
         x, y, _ = keras.utils.unpack_x_y_sample_weight(data_spec)

@@ -112,33 +112,27 @@ class Standardize(keras.layers.Layer):
         faded = (1.0 - some / HORIZON) * self.reach  # of a host that has moved on
         self.reach.assign(tf.maximum(reach, faded))
 
-    def restart(
-        self, group: int, places: Sequence[int], x: tf.Tensor, finite: tf.Tensor
-    ) -> tf.Tensor:
-        """Takes the statistics of some taps from a sample alone; returns its z.
+    def restart(self, group: int, place: int, x: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
+        """Takes the statistics of a tap from a sample alone; returns its z.
 
         Args:
-            group: Of the taps.
-            places: Of the taps in their group.
-            x: float32, shape (len(places), n, n_features); 0 for examples that do not count.
-            finite: float32, shape (len(places), n): 1 for those that count. A tap that has none
-                keeps the statistics it had.
+            group: Of the tap.
+            place: Of the tap in its group.
+            x: float32, shape (n, n_features); 0 for examples that do not count.
+            finite: float32, shape (n,): 1 for those that count. If none does, the tap keeps the
+                statistics it had.
         """
-        counted = finite[..., None]
-        count = tf.maximum(tf.reduce_sum(counted, axis=1), 1.0)
-        mean = tf.matmul(counted, x, transpose_a=True)[:, 0] / count
-        away = (x - mean[:, None]) * counted
+        span, counted = self._span(group, place), finite[:, None]
+        count = tf.reduce_sum(finite)
+        mean = tf.matmul(counted, x, transpose_a=True)[0] / tf.maximum(count, 1.0)
+        away = (x - mean) * counted
         squares = tf.square(away)
-        variance = tf.matmul(counted, squares, transpose_a=True)[:, 0] / count
-        reach = tf.sqrt(tf.reduce_max(squares, axis=1))
-        spans = [self._span(group, place) for place in places]
-        some = np.flatnonzero(tf.reduce_any(finite > 0, axis=1).numpy()).tolist()
-        for variable, values in (
-            (self.mean, mean), (self.variance, variance), (self.reach, reach)
-        ):  # fmt: skip
-            _put(variable, [(spans[i], values[i]) for i in some])
-        scale = self.scale()
-        return away * tf.stack([scale[span] for span in spans])[:, None]
+        if count > 0:
+            _put(self.mean, [(span, mean)])
+            variance = tf.matmul(counted, squares, transpose_a=True)[0] / count
+            _put(self.variance, [(span, variance)])
+            _put(self.reach, [(span, tf.sqrt(tf.reduce_max(squares, axis=0)))])
+        return away * self.scale()[span]
 
     def of_tap(self, group: int, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and scale of one tap's features, float32, shape (n_features,)."""
@@ -225,6 +219,15 @@ class SoftmaxHeads(keras.layers.Layer):
         by_kernel = sum_over_replicas(tf.matmul(inputs, residual, transpose_a=True))
         by_bias = sum_over_replicas(tf.reduce_sum(residual, axis=1, keepdims=True))
         return [by_kernel + penalty * self.kernel, by_bias]
+
+    def probes(self, places: Sequence[int]) -> np.ndarray:
+        """W over b of the predictions, float64, (len(places), n_features + 1, num_classes)."""
+        parts = [of.value.numpy()[places] for of in (self.mean_kernel, self.mean_bias)]
+        return np.concatenate(parts, axis=1).astype("float64")
+
+    def penalties(self, places: Sequence[int]) -> np.ndarray:
+        """The l2 penalties of the last refit, float64, shape (len(places),); 0 before the first."""
+        return self.l2.value.numpy()[places, 0, 0].astype("float64")
 
     def restart(self, places: Sequence[int], weights: np.ndarray, l2: np.ndarray) -> None:
         """Goes on from refitted probes.

@@ -8,6 +8,7 @@ comes of these is the same in each.
 """
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import tensorflow as tf
 
 from keras_probes.probes.heads import SAME, SoftmaxHeads, Standardize, averaging_rate, residual_of
 from keras_probes.probes.measures import SUMS, batch_sums
-from keras_probes.probes.refit import refit
+from keras_probes.probes.refit import NARROW, refit
 from keras_probes.probes.replicas import sum_over_replicas
 
 # Numbers that the features of taps refitted side by side may have in all: beyond, a pass is worth
@@ -28,6 +29,7 @@ STACK_SIZE = 2**22
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
 Sums = Mapping[str | None, Mapping[str, Mapping[str, float]]]  # by target, tap, name in SUMS
+_Place = tuple[int, int]  # of a tap: its group, and which of that
 
 
 def parameters_of(n_features: int, num_classes: int) -> int:
@@ -178,35 +180,75 @@ class ProbeSet:
         """
         found: dict[tuple[str | None, str], tuple[float, float]] = {}
         total = len(self.targets) * len(self.taps)
-        for at, group in enumerate(self._groups):
-            of_one = len(features[group.taps[0]]) * group.n_features
-            side_by_side = max(1, STACK_SIZE // of_one)
-            for first in range(0, len(group.taps), side_by_side):
-                places = range(first, min(first + side_by_side, len(group.taps)))
-                taps = [group.taps[place] for place in places]
-                z, finite = self._sampled(at, places, [features[tap] for tap in taps])
-                for target, heads in group.heads.items():
-                    counts = finite * weights[target] * tf.cast(labels[target] >= 0, tf.float32)
-                    if progress is not None:
-                        progress(f"{len(found)} of {total}")
-                    options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed}
-                    done = _refit(heads, places, z, labels[target], counts, options)
-                    found.update({(target, taps[i]): certificates for i, certificates in done})
+        options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed}
+        for width, stack in self._stacks(len(next(iter(features.values())))):
+            sampled = [self._sampled(*at, features[self._tap(*at)]) for at in stack]
+            z = tf.stack([_wide(z, width) for z, _ in sampled])
+            finite = tf.stack([counted for _, counted in sampled])
+            for target in self.targets:
+                counts = finite * weights[target] * tf.cast(labels[target] >= 0, tf.float32)
+                if progress is not None:
+                    progress(f"{len(found)} of {total}")
+                found |= self._refit(target, stack, z, labels[target], counts, options)
         nothing = (-1.0, -1.0)
         self._certificates.assign([found.get(key, nothing) for key in self._keys()])
         self._refit_at.assign(self._steps)
 
-    def _sampled(
-        self, group: int, places: Sequence[int], features: Sequence[tf.Tensor]
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Z of some taps of a group, and which examples count, with statistics of the sample."""
-        x = tf.stack(features)
-        # One such feature makes the sum another.
-        finite = tf.math.is_finite(tf.reduce_sum(x, axis=2))
+    def _stacks(self, n: int) -> Iterator[tuple[int, list[_Place]]]:
+        """The taps to refit side by side on n examples, and as how many features each is given."""
+        by_width: dict[int, list[_Place]] = defaultdict(list)
+        for at, group in enumerate(self._groups):
+            places = by_width[max(group.n_features, NARROW)]
+            places += [(at, place) for place in range(len(group.taps))]
+        for width, places in by_width.items():
+            side_by_side = max(1, STACK_SIZE // (n * width))
+            for first in range(0, len(places), side_by_side):
+                yield width, places[first : first + side_by_side]
+
+    def _sampled(self, group: int, place: int, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Z of a tap, and which examples count, with statistics of the sample alone."""
+        # One such feature makes the mean another.
+        finite = tf.math.is_finite(tf.reduce_sum(x, axis=1))
         if not tf.reduce_all(finite):
-            x = tf.where(finite[..., None], x, 0.0)
+            x = tf.where(finite[:, None], x, 0.0)
         finite = tf.cast(finite, tf.float32)
-        return self._standardize.restart(group, places, x, finite), finite
+        return self._standardize.restart(group, place, x, finite), finite
+
+    def _refit(
+        self,
+        target: str | None,
+        stack: Sequence[_Place],
+        z: tf.Tensor,
+        labels: tf.Tensor,
+        weights: tf.Tensor,
+        options: Mapping[str, Any],
+    ) -> dict[tuple[str | None, str], tuple[float, float]]:
+        """Refits a target's probes of some taps, those with examples.
+
+        Returns:
+            Their certificates before and after, by target and tap.
+        """
+        some = np.flatnonzero(np.count_nonzero(weights.numpy(), axis=1) > 1).tolist()
+        if not some:
+            return {}
+        if len(some) < len(stack):
+            z, weights = tf.gather(z, some), tf.gather(weights, some)
+            stack = [stack[i] for i in some]
+        by_group = [
+            (self._groups[at].heads[target], [place for _, place in places])
+            for at, places in itertools.groupby(stack, key=lambda of: of[0])
+        ]
+        start = [_wide_probe(w, z.shape[2]) for heads, at in by_group for w in heads.probes(at)]
+        l2 = np.concatenate([heads.penalties(at) for heads, at in by_group])
+        result = refit(z, tf.maximum(labels, 0), weights, np.stack(start), l2, **options)
+        ends = np.cumsum([len(at) for _, at in by_group])[:-1]
+        parts = zip(np.split(result.weights, ends), np.split(result.l2, ends), strict=True)
+        for (heads, at), (of_group, penalties) in zip(by_group, parts, strict=True):
+            heads.restart(at, np.delete(of_group, np.s_[heads.n_features : -1], axis=1), penalties)
+        certificates = zip(result.before.tolist(), result.after.tolist(), strict=True)
+        return {
+            (target, self._tap(*of)): each for of, each in zip(stack, certificates, strict=True)
+        }
 
     def _stacked(self, features: Features) -> list[tf.Tensor]:
         """Features by group: float32, shape (n_taps, batch, n_features)."""
@@ -332,6 +374,9 @@ class ProbeSet:
             **{f"labels/{i}": self._labels["train", t] for i, t in enumerate(self.targets)},
         }
 
+    def _tap(self, group: int, place: int) -> str:
+        return self._groups[group].taps[place]
+
     def _keys(self) -> list[tuple[str | None, str]]:
         """Target and tap of each probe, in the order of the sums."""
         return [(t, tap) for t in self.targets for group in self._groups for tap in group.taps]
@@ -352,28 +397,12 @@ def _group(taps: list[str], n_features: int, num_classes: Mapping[str | None, in
     return _Group(taps, n_features, heads)
 
 
-def _refit(
-    heads: SoftmaxHeads,
-    places: Sequence[int],
-    z: tf.Tensor,
-    labels: tf.Tensor,
-    weights: tf.Tensor,
-    options: Mapping[str, Any],
-) -> Iterator[tuple[int, tuple[float, float]]]:
-    """Refits the probes at some places of a stack, those with examples.
+def _wide(z: tf.Tensor, width: int) -> tf.Tensor:
+    """Z of a tap, shape (n, d), with zeros for features that it does not have: (n, width)."""
+    return tf.pad(z, [[0, 0], [0, width - z.shape[1]]])
 
-    Yields:
-        The place among these, and the certificates before and after.
-    """
-    some = np.flatnonzero(np.count_nonzero(weights.numpy(), axis=1) > 1).tolist()
-    if not some:
-        return
-    if len(some) < len(places):
-        z, weights = tf.gather(z, some), tf.gather(weights, some)
-    at = [places[i] for i in some]
-    start = np.concatenate([heads.mean_kernel.numpy()[at], heads.mean_bias.numpy()[at]], axis=1)
-    l2 = heads.l2.numpy()[at, 0, 0].astype("float64")
-    result = refit(z, tf.maximum(labels, 0), weights, start.astype("float64"), l2, **options)
-    heads.restart(at, result.weights, result.l2)
-    for i, before, after in zip(some, result.before, result.after, strict=True):
-        yield i, (float(before), float(after))
+
+def _wide_probe(weights: np.ndarray, width: int) -> np.ndarray:
+    """W over b, shape (d + 1, K), likewise: (width + 1, K)."""
+    missing = np.zeros((width + 1 - len(weights), weights.shape[1]))
+    return np.concatenate([weights[:-1], missing, weights[-1:]])

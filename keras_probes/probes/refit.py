@@ -3,12 +3,13 @@
 In: standardised features of a host that stands still, labels, and the probes. Out: the probes that
 minimise
 
-    mean cross-entropy + l2/2 (kept |w|^2 + NEAR (1 - kept) |w - v|^2)
+    mean cross-entropy + l2/2 |w - a|^2 + trust/2 (w - v)' (H + l2) (w - v)
 
-where w is W and b, v what they were, and `kept` the share of the epoch's examples that are in the
-sample: what the others have taught a probe stays, and where all are in it, they alone decide. The
-penalty is chosen as `fit_probes` chooses it, by an eighth of the sample that is drawn by seed, and
-without v, since v was trained on that eighth too.
+where w is W and b, a and H are those of `solver`, v is what the probes were, and trust is `OTHERS`
+times the share of the epoch's examples that are not in the sample: what these have taught a probe
+stays, and where all are in it, they alone decide. The penalty is chosen as `fit_probes` chooses it,
+by an eighth of the sample that is drawn by seed, and without v, since v was trained on that eighth
+too.
 
 `benchmarks/tracking.py` shows how near that comes to the optimum on all examples, and
 `benchmarks/fit_cost.py` what it costs.
@@ -20,16 +21,18 @@ import numpy as np
 import tensorflow as tf
 
 from keras_probes.probes.path import PENALTIES, choose_penalty
-from keras_probes.probes.solver import RANK, Fit, Problem, fit_softmax
+from keras_probes.probes.solver import RANK, Problem, fit_softmax
 
 TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
 SEARCH_TOL = 2e-2  # the same while penalties are compared
 HELD_OUT = 8  # one example in so many chooses the penalty
-NEAR = 3.0  # how much more than 0 an earlier probe says of where the optimum is
+OTHERS = 3.0  # times what is in the sample: what earlier probes know of the rest, at most
 GAIN = 5e-3  # nats on the eighth that another penalty has to bring; less is luck
-SEARCH_EVERY = 2  # epochs: the best penalty moves slowly
+SEARCH_EVERY = 4  # epochs: the best penalty moves slowly
 FIRST_PENALTY = 8  # place in the row where the first search begins
 FIRST_STEP = 2  # places at a time in the first search
+
+NARROW = 64  # taps of fewer features are refitted as if they had so many: calls are what they cost
 
 # What else takes time for a feature of an example, as the multiplications that take as long.
 READ_COST = 90  # in a pass of the solver: over few classes it waits for memory
@@ -55,7 +58,7 @@ class Refit:
 
 def pass_cost(n_features: int, num_classes: int) -> int:
     """What a pass of the solver costs for one example and one probe, in multiplications."""
-    return n_features * (2 * num_classes + READ_COST)
+    return max(n_features, NARROW) * (2 * num_classes + READ_COST)
 
 
 def prepare_cost(n_features: int) -> int:
@@ -97,17 +100,13 @@ def refit(
     if np.any(l2 == 0) or epoch % SEARCH_EVERY == 0:
         order = np.random.default_rng((seed, epoch)).permutation(z.shape[1])
         penalties, found = _searched(whole, order, start, l2, passes // 2)
-    others_say = NEAR * (1.0 - kept)
-    strength, share = penalties * (kept + others_say), others_say / (kept + others_say)
-
-    def towards_it(begin: np.ndarray, max_passes: int) -> Fit:
-        return fit_softmax(
-            whole, strength, start=begin, near=start, share=share, tol=TOL, max_passes=max_passes
-        )
-
-    fit = towards_it(found, max(passes - whole.passes, 2))
-    began = fit.began if found is start else towards_it(start, 1).objective
-    return Refit(fit.weights, penalties, began - fit.lower, fit.certificate)
+    # The first probes there are come of a few steps, and stand for nothing.
+    trust = np.where(l2 > 0, OTHERS * (1.0 - kept), 0.0)
+    fit = fit_softmax(
+        whole, penalties, start=found, near=start, trust=trust, tol=TOL,
+        max_passes=max(passes - whole.passes, 2),
+    )  # fmt: skip
+    return Refit(fit.weights, penalties, fit.began - fit.lower, fit.certificate)
 
 
 def _searched(

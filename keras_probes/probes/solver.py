@@ -9,14 +9,19 @@ that sum to S; u_i = z_i W + b, p_i = softmax(u_i). Minimise over W in R^(d x K)
     F(W, b) = 1/S sum_i s_i (logsumexp(u_i) - u_i[y_i]) + l2/2 (|W - A|^2 + |b - a|^2)
 
 where the centre is A = 0, a = the log of the class frequencies: what a probe says that knows
-nothing of the features. Where there is an earlier probe to stay near, the centre lies between the
-two. With R_i = s_i (p_i - e[y_i]) the gradients are
+nothing of the features. With R_i = s_i (p_i - e[y_i]) the gradients are
 
     dF/dW = Z'R / S + l2 (W - A),   dF/db = 1'R / S + l2 (b - a).
 
+An earlier probe v, the optimum for other examples, may stand in for these: as `trust` times a
+problem like this one, to second order. That adds trust/2 (w - v)' (H + l2) (w - v) to F, where w is
+W and b, and H the Hessian of the loss at v as "Method" approximates it. It does so only while v is
+not much farther above the optimum than the optimum of n other examples is by chance: (d + 1) K / n
+nats in the mean (Wilks 1938). Beyond `CHANCE` times that, the features have become others.
+
 **Certificate.** F is strongly convex, so that at any point (Nesterov 2004, equation 2.1.19)
 
-    F - (|dF/dW|^2 + |dF/db|^2) / (2 l2)  <=  F*.
+    F - (|dF/dW|^2 + |dF/db|^2) / (2 l2 (1 + trust))  <=  F*.
 
 The best such lower bound of all points visited, and 0, bounds how far F is above its optimum.
 
@@ -46,10 +51,12 @@ Block: TypeAlias = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
 PAIRS = 10  # that L-BFGS keeps
 RANK = 32  # of the sketch of Z'SZ
+EXACT = 64  # up to so many features it is no sketch
 SMOOTHING = 0.5  # examples more of each class: the log of none is nothing to pull to
 MIN_VARIANCE = 1e-6  # of the largest, in any direction
 MIN_CURVATURE = 1e-7  # of a class; below, float32 can't tell
 SAFETY = 0.2  # the estimated distance from the optimum is up to a few times too small
+CHANCE = 2.0  # times the mean: by chance it is hardly ever more
 MAX_BACKTRACKS = 20
 _ARMIJO = 1e-4
 _ROUNDING = {"float32": 3e-8, "float64": 1e-15}  # relative error of F from point to point
@@ -64,7 +71,7 @@ class Fit:
         weights: W over b, float64, shape (T, d + 1, K).
         l2: The penalties, shape (T,).
         objective: F, in nats, shape (T,).
-        began: F at the start, likewise.
+        began: F of the earlier probes, or at the start if there are none, likewise.
         gradient_norm: Euclidean norm of the gradient of F in W and b, shape (T,).
         certificate: Upper bound on F - F*, in nats, shape (T,).
         lower: Lower bound on F*, in nats, shape (T,).
@@ -197,8 +204,8 @@ class Basis:
 
     @classmethod
     def of(cls, blocks: Iterable[Block], features: int, total: np.ndarray) -> "Basis":
-        """Sketches Z'SZ/S in one pass; exact where there are no more than `RANK` features."""
-        rank = min(features, RANK)
+        """Sketches Z'SZ/S in one pass; exact up to `EXACT` features."""
+        rank = features if features <= EXACT else RANK
         probe = _drawn(features, rank)
         omega = tf.constant(probe, tf.float32)
         sketch, trace = np.zeros((len(total), features, rank)), np.zeros(len(total))
@@ -225,82 +232,171 @@ class Basis:
             np.maximum((left / max(features - rank, 1))[:, None, None], least),
         )
 
-    def scaled(self, gradient: np.ndarray, curvature: np.ndarray, l2: np.ndarray) -> np.ndarray:
-        """An approximate inverse Hessian times `gradient`.
+    def product(self, step: np.ndarray, curvature: np.ndarray, l2: np.ndarray) -> np.ndarray:
+        """The approximate Hessian times `step`.
 
         Args:
-            gradient: Shape (T, d + 1, K).
+            step: Shape (T, d + 1, K).
             curvature: theta, shape (T, K).
             l2: Shape (T,).
         """
+        return self._applied(lambda hessian: hessian, step, curvature, l2)
+
+    def solution(self, gradient: np.ndarray, curvature: np.ndarray, l2: np.ndarray) -> np.ndarray:
+        """Its inverse times `gradient`; arguments as of `product`."""
+        return self._applied(np.reciprocal, gradient, curvature, l2)
+
+    def _applied(
+        self,
+        function: Callable[[np.ndarray], np.ndarray],
+        of: np.ndarray,
+        curvature: np.ndarray,
+        l2: np.ndarray,
+    ) -> np.ndarray:
+        """A function of the approximate Hessian, times `of`."""
         theta, l2 = curvature[:, None], l2[:, None, None]
-        beside = 1 / (self.rest * theta + l2)
-        scaled = np.empty_like(gradient)
-        scaled[:, :-1] = gradient[:, :-1] * beside
-        inner = tf.matmul(self.vectors, tf.constant(gradient[:, :-1], tf.float32), transpose_a=True)
-        within = inner.numpy() * (1 / (self.variances * theta + l2) - beside)
-        scaled[:, :-1] += tf.matmul(self.vectors, tf.constant(within, tf.float32)).numpy()
-        scaled[:, -1:] = gradient[:, -1:] / (theta + l2)
-        return scaled
+        beside = function(self.rest * theta + l2)
+        result = np.empty_like(of)
+        result[:, :-1] = of[:, :-1] * beside
+        inner = tf.matmul(self.vectors, tf.constant(of[:, :-1], tf.float32), transpose_a=True)
+        within = inner.numpy() * (function(self.variances * theta + l2) - beside)
+        result[:, :-1] += tf.matmul(self.vectors, tf.constant(within, tf.float32)).numpy()
+        result[:, -1:] = of[:, -1:] * function(theta + l2)
+        return result
 
 
 class _Descent:
-    """L-BFGS on T objectives, side by side: each has its own direction and step length."""
+    """L-BFGS on T objectives, side by side: each has its own direction and step length.
+
+    Args:
+        problem: The examples.
+        l2: The penalties, shape (T,) or one for all.
+        start: W over b to begin at, shape (T, d + 1, K).
+        near: Earlier probes, likewise.
+        trust: How many times the problem they stand for counts, shape (T,) or one for all.
+    """
 
     def __init__(
-        self, problem: Problem, l2: np.ndarray | float, near: np.ndarray | None, share: float
+        self,
+        problem: Problem,
+        l2: np.ndarray | float,
+        start: np.ndarray,
+        near: np.ndarray,
+        trust: np.ndarray | float,
     ):
-        self.problem, self.dtype = problem, "float32"
-        self.l2 = np.broadcast_to(np.asarray(l2, "float64"), problem.shape[:1])
-        guess = problem.guess()
-        self._centre = guess if near is None else share * near + (1 - share) * guess
-        self._scale = np.ones(len(self.l2))  # of the basis, as the last step found it
+        taps = problem.shape[:1]
+        self.l2 = np.broadcast_to(np.asarray(l2, "float64"), taps)
+        self.dtype = "float32"
+        self._problem, self._near = problem, near
+        self._centre = problem.guess()
+        self._scale = np.ones(taps)  # of the basis, as the last step found it
+        self._l2_near, self._curvature_near = np.zeros(taps), np.zeros((*taps, problem.shape[2]))
+        self.point = self._at(near)
+        self.began, gradient = self.point.objective, self.point.gradient
+        above = _inner(gradient, self._preconditioned(gradient, self.point)) / 2
+        by_chance = problem.shape[1] * problem.shape[2] / problem.total
+        trust = np.where(above <= CHANCE * by_chance, trust, 0.0)
+        self._l2_near, self._curvature_near = trust * self.l2, trust[:, None] * self.point.curvature
+        self.point = self.point if start is near else self._at(start)
+        self.lower = self._lower_bound(self.point)
+        self.steps, self._backtracks = np.zeros(taps, int), np.zeros(taps, int)
+        self._length, self._taken = np.ones(taps), np.ones(taps, bool)
+        self._direction = np.zeros(problem.shape)
 
-    def at(self, weights: np.ndarray) -> _Point:
+    def aim(self, moving: np.ndarray) -> None:
+        """Finds the directions of the next step, where the last was taken."""
+        if (moving & self._taken).any():
+            self._direction = _chosen(self._taken, self._towards_optimum(), self._direction)
+        self._slope = _inner(self.point.gradient, self._direction)
+
+    def certificate(self) -> np.ndarray:
+        """How far F can be above its optimum: bounds, shape (T,)."""
+        return np.maximum(self.point.objective * (1 + _ERROR[self.dtype]) - self.lower, 0.0)
+
+    def left(self) -> np.ndarray:
+        """An estimate of how far F is above its optimum: what a parabola has left to fall."""
+        return self._slope / 2
+
+    def stuck(self) -> np.ndarray:
+        """Which of the probes can go no further: what is left is much below the rounding of F."""
+        return (self.left() <= 1e-2 * self._rounding()) | (self._backtracks >= MAX_BACKTRACKS)
+
+    def step(self, advance: np.ndarray) -> None:
+        """Takes a step, or a shorter one the next time; those that do not advance stay."""
+        point, slope = self.point, self._slope
+        tried = self._at(point.weights - (advance * self._length)[:, None, None] * self._direction)
+        slope_there = _inner(tried.gradient, self._direction)
+        rise = tried.objective - point.objective
+        # Where F no longer distinguishes points for rounding, the slope does (Hager & Zhang 2005,
+        # section 4, "approximate Wolfe").
+        fallen = rise <= -_ARMIJO * self._length * slope
+        flat = (rise <= self._rounding()) & (-slope_there <= (1 - 2 * _ARMIJO) * slope)
+        taken = advance & (fallen | flat)
+        bound = np.maximum(self.lower, self._lower_bound(tried))
+        self.lower = np.where(advance, bound, self.lower)
+        if taken.any():
+            self._learn(tried, taken)
+            self.point = tried.where(taken, point)
+        # Where the parabola through both slopes has its lowest point, within bounds.
+        flatter = slope - slope_there
+        shrunk = np.where(flatter > 0, slope / np.where(flatter > 0, flatter, 1.0), 0.5)
+        self._length = np.where(taken, 1.0, self._length * np.clip(shrunk, 0.1, 0.5))
+        self._backtracks = np.where(taken, 0, self._backtracks + advance)
+        self._taken = taken
+        self.steps += taken
+
+    def use_float64(self) -> None:
+        """Goes on with what float32 does not distinguish, at twice the time of a pass."""
+        self.dtype = "float64"
+        self.point = self._at(self.point.weights)
+        self._length, self._taken = np.ones_like(self._length), np.ones_like(self._taken)
+        self._backtracks = np.zeros_like(self._backtracks)
+
+    def _at(self, weights: np.ndarray) -> _Point:
         """F at some weights: one pass."""
-        loss, of_loss, curvature = self.problem.losses(weights, self.dtype)
-        away = weights - self._centre
-        penalty = self.l2 / 2 * _inner(away, away)
-        gradient = of_loss + self.l2[:, None, None] * away
+        loss, of_loss, curvature = self._problem.losses(weights, self.dtype)
+        away, far = weights - self._centre, weights - self._near
+        pull = self._pull(far)
+        penalty = self.l2 / 2 * _inner(away, away) + _inner(far, pull) / 2
+        gradient = of_loss + self.l2[:, None, None] * away + pull
         return _Point(
             weights, loss, of_loss, np.maximum(curvature, MIN_CURVATURE), penalty, gradient
         )
 
-    def lower_bound(self, point: _Point) -> np.ndarray:
+    def _lower_bound(self, point: _Point) -> np.ndarray:
         """A number that F is nowhere below, by what is known at a point."""
-        below = _inner(point.gradient, point.gradient) / (2 * self.l2)
+        below = _inner(point.gradient, point.gradient) / (2 * (self.l2 + self._l2_near))
         # F is known up to rounding. Neither part of it is below 0.
         return np.maximum(point.objective * (1 - _ERROR[self.dtype]) - below, 0.0)
 
-    def distance(self, point: _Point, lower: np.ndarray) -> np.ndarray:
-        """How far F at a point can be above its optimum, by a lower bound of that."""
-        return np.maximum(point.objective * (1 + _ERROR[self.dtype]) - lower, 0.0)
+    def _rounding(self) -> np.ndarray:
+        return _ROUNDING[self.dtype] * np.abs(self.point.objective)
 
-    def learn(self, before: _Point, after: _Point, taken: np.ndarray) -> None:
+    def _learn(self, after: _Point, taken: np.ndarray) -> None:
         """Keeps what a step tells of the curvature of the loss; nothing of those not taken."""
+        before = self.point
         step, change = after.weights - before.weights, after.of_loss - before.of_loss
         valid = taken & (_inner(step, change) > 0)  # as it is but for rounding
         keep = valid[:, None, None]
-        self.problem.pairs.append((step * keep, change * keep))
+        self._problem.pairs.append((step * keep, change * keep))
         # By how much the curvature lately seen is above that of the mean softmax.
         change = self._of_objective(step, change)
-        along = _inner(change, self.problem.basis.scaled(change, after.curvature, self.l2))
+        along = _inner(change, self._preconditioned(change, after))
         ratio = _inner(step, change) / np.where(along > 0, along, 1.0)
         self._scale = np.where(valid & (along > 0), ratio, self._scale)
 
-    def direction(self, point: _Point) -> np.ndarray:
+    def _towards_optimum(self) -> np.ndarray:
         """The L-BFGS inverse Hessian times the gradient: two loops over the pairs."""
-        direction = point.gradient.copy()
+        direction = self.point.gradient.copy()
         shares = []
-        for step, of_loss in reversed(self.problem.pairs):
+        for step, of_loss in reversed(self._problem.pairs):
             change = self._of_objective(step, of_loss)
             along = _inner(step, change)
             inverse = np.where(along > 0, 1 / np.where(along > 0, along, 1.0), 0.0)
             share = inverse * _inner(step, direction)
             direction -= share[:, None, None] * change
             shares.append((step, change, inverse, share))
-        direction = self.problem.basis.scaled(direction, point.curvature, self.l2)
-        direction *= self._scale[:, None, None]
+        direction = self._preconditioned(direction, self.point) * self._scale[:, None, None]
         for step, change, inverse, share in reversed(shares):
             back = share - inverse * _inner(change, direction)
             direction += back[:, None, None] * step
@@ -308,7 +404,18 @@ class _Descent:
 
     def _of_objective(self, step: np.ndarray, of_loss: np.ndarray) -> np.ndarray:
         """The change of F's gradient along a step, from that of the loss's."""
-        return of_loss + self.l2[:, None, None] * step
+        return of_loss + self.l2[:, None, None] * step + self._pull(step)
+
+    def _pull(self, far: np.ndarray) -> np.ndarray:
+        """The gradient of what the earlier probes stand for, so far from them."""
+        if not self._l2_near.any():
+            return np.zeros_like(far)
+        return self._problem.basis.product(far, self._curvature_near, self._l2_near)
+
+    def _preconditioned(self, gradient: np.ndarray, point: _Point) -> np.ndarray:
+        """The basis's inverse Hessian at a point, times `gradient`."""
+        curvature = point.curvature + self._curvature_near
+        return self._problem.basis.solution(gradient, curvature, self.l2 + self._l2_near)
 
 
 def fit_softmax(
@@ -317,7 +424,7 @@ def fit_softmax(
     *,
     start: np.ndarray | None = None,
     near: np.ndarray | None = None,
-    share: float = 0.0,
+    trust: np.ndarray | float = 0.0,
     tol: float = 1e-6,
     certify: bool = True,
     max_passes: int = 500,
@@ -329,8 +436,8 @@ def fit_softmax(
         problem: The examples.
         l2: The penalties, more than 0, shape (T,) or one for all.
         start: W over b, shape (T, d + 1, K), to begin at; by default what guessing says.
-        near: Earlier probes to stay near, likewise.
-        share: The share of the penalty that pulls to them, 0 to 1.
+        near: Earlier probes that stand in for other examples, likewise.
+        trust: How many times as much as the examples that are here, shape (T,) or one for all.
         tol: How far F may be above its optimum, in nats.
         certify: Whether to go on until that is proved. If not, the solver's own estimate decides.
         max_passes: Number of passes over the examples after which to give up.
@@ -339,65 +446,34 @@ def fit_softmax(
     Returns:
         The `Fit`.
     """
-    descent, last = _Descent(problem, l2, near, share), problem.passes + max_passes
-    l2, point = descent.l2, descent.at(problem.guess() if start is None else start)
-    lower, began = descent.lower_bound(point), point.objective
-    steps, backtracks = np.zeros(len(l2), int), np.zeros(len(l2), int)
-    length, renew = np.ones(len(l2)), np.ones(len(l2), bool)
-    moving = np.ones(len(l2), bool) if only is None else only.copy()
-    near = np.zeros(len(l2), bool)
-    direction = np.zeros(problem.shape)
+    last = problem.passes + max_passes
+    start = problem.guess() if start is None else start
+    descent = _Descent(problem, l2, start, start if near is None else near, trust)
+    moving = np.ones(problem.shape[0], bool) if only is None else only.copy()
     while True:
-        if (moving & renew).any():
-            direction = _chosen(renew, descent.direction(point), direction)
-        slope = _inner(point.gradient, direction)
-        certificate = descent.distance(point, lower)
-        # Half the slope is what a parabola of this curvature has left to fall.
-        near = certificate <= tol if certify else slope / 2 <= SAFETY * tol
-        # A fall much below the rounding of F is no way on.
-        rounding = _ROUNDING[descent.dtype] * np.abs(point.objective)
-        stuck = (slope / 2 <= 1e-2 * rounding) | (backtracks >= MAX_BACKTRACKS)
-        moving &= ~near
+        descent.aim(moving)
+        at_optimum = descent.certificate() <= tol if certify else descent.left() <= SAFETY * tol
+        moving &= ~at_optimum
         if problem.passes >= last or not moving.any():
             break
-        if not (moving & ~stuck).any():
-            if descent.dtype == "float64" or not certify:
-                break
-            # What float32 does not distinguish float64 does, at twice the time.
-            descent.dtype = "float64"
-            point = descent.at(point.weights)
-            length, renew, backtracks = np.ones_like(length), np.ones_like(renew), 0 * backtracks
-            continue
-        advance = moving & ~stuck
-        tried = descent.at(point.weights - (advance * length)[:, None, None] * direction)
-        slope_there = _inner(tried.gradient, direction)
-        rise = tried.objective - point.objective
-        # Where F no longer distinguishes points for rounding, the slope does (Hager & Zhang 2005,
-        # section 4, "approximate Wolfe").
-        fallen = rise <= -_ARMIJO * length * slope
-        flat = (rise <= rounding) & (-slope_there <= (1 - 2 * _ARMIJO) * slope)
-        taken = advance & (fallen | flat)
-        lower = np.where(advance, np.maximum(lower, descent.lower_bound(tried)), lower)
-        if taken.any():
-            descent.learn(point, tried, taken)
-            point = tried.where(taken, point)
-        # Where the parabola through both slopes has its lowest point, within bounds.
-        flatter = slope - slope_there
-        shrunk = np.where(flatter > 0, slope / np.where(flatter > 0, flatter, 1.0), 0.5)
-        length = np.where(taken, 1.0, length * np.clip(shrunk, 0.1, 0.5))
-        backtracks = np.where(taken, 0, backtracks + advance)
-        steps += taken
-        renew = taken
+        advance = moving & ~descent.stuck()
+        if advance.any():
+            descent.step(advance)
+        elif certify and descent.dtype == "float32":
+            descent.use_float64()
+        else:
+            break
+    point = descent.point
     return Fit(
         weights=point.weights,
-        l2=l2,
+        l2=descent.l2,
         objective=point.objective,
-        began=began,
+        began=descent.began,
         gradient_norm=np.sqrt(_inner(point.gradient, point.gradient)),
-        certificate=certificate,
-        lower=lower,
-        steps=steps,
-        converged=near,
+        certificate=descent.certificate(),
+        lower=descent.lower,
+        steps=descent.steps,
+        converged=at_optimum,
     )
 
 

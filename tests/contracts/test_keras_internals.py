@@ -1,11 +1,11 @@
-"""What `taps` relies on in Keras, so that a new version that breaks it is noticed here."""
+"""What the package relies on in Keras, so that a new version that breaks it is noticed here."""
 
 import keras
 import numpy as np
 import pytest
 from hosts import compiled, dense_net
 
-from keras_probes.taps.capture import _labels_at_hand
+from keras_probes.capture.keras_run import labels_at_hand
 
 
 class Order(keras.callbacks.Callback):
@@ -94,7 +94,7 @@ def test_a_stateless_scope_takes_assignments_upon_itself():
 
 class FindLabels(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
-        self.found = list(_labels_at_hand(self.model))
+        self.found = list(labels_at_hand(self.model))
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -6,7 +6,9 @@ import pytest
 import tensorflow as tf
 from hosts import compiled, dense_net
 
-from keras_probes.taps.capture import Joint, Part, calling_lists
+from keras_probes.capture.joint import Joint
+from keras_probes.capture.keras_run import calling_lists
+from keras_probes.capture.steps import Part
 from keras_probes.taps.record import Site
 
 
@@ -184,12 +186,12 @@ def test_the_step_is_compiled_once_over_fits(digits, isolated):
     model.fit(x, y, callbacks=[watcher], verbose=0)
     joint = watcher.joint
     watcher.join = lambda kind: joint.attach(kind, watcher, watcher.end_pass, watcher.run)
-    functions = {key: made for key, (_, made) in joint._observed.items()}
+    functions = {key: made for key, (_, made) in joint._steps._made.items()}
     model.fit(x, y, callbacks=[watcher], verbose=0)
-    assert {key: made for key, (_, made) in joint._observed.items()} == functions
+    assert {key: made for key, (_, made) in joint._steps._made.items()} == functions
     compiled(model)
     model.fit(x, y, callbacks=[watcher], verbose=0)
-    assert all(joint._observed[key][1] is not made for key, made in functions.items())
+    assert all(joint._steps._made[key][1] is not made for key, made in functions.items())
     assert watcher.prepared == 3
 
 
