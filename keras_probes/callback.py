@@ -353,8 +353,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 "which a file can't keep. Pass it again: LinearProbeCallback.load(path, target=...)"
             )
         given["target"] = given["target"] if target is None else target
+        earlier = {"keras_probes>OnePassAdam": keras.optimizers.Adam}  # what files of the first version call it
         for name in ("reduce", "optimizer"):
-            given[name] = keras.saving.deserialize_keras_object(given[name])
+            given[name] = keras.saving.deserialize_keras_object(given[name], earlier)
         callback = cls(**given, **options)
         callback.results = saved.results
         callback._loaded = saved

@@ -246,10 +246,7 @@ class SoftmaxHeads(keras.layers.Layer):
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
         for variable, mean in self.averaged:
-            # mean -= rate * (mean - variable), with no copy of the mean.
-            tf.raw_ops.ResourceApplyGradientDescent(
-                var=mean.value.handle, alpha=rate, delta=mean - variable
-            )
+            mean.assign_add(rate * (variable - mean))
 
     def compute_output_shape(self, input_shape):
         return [(input_shape[1], self.num_classes)] * self.n_taps

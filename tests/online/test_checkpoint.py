@@ -52,7 +52,7 @@ def test_loaded_probes_evaluate_as_the_saved_ones(digits, trained, tmp_path):
 
 
 def test_a_file_from_before_there_was_a_refit(digits, trained, tmp_path):
-    """As the first version wrote it: other counters, no penalties and no certificates."""
+    """As the first version wrote it: other counters, no penalties, another name for Adam."""
     model, probes = trained
     saved, earlier = probes._checkpoint(), len(probes.results.frame())
     new = ("l2", "certificates", "refit_at")
@@ -64,6 +64,11 @@ def test_a_file_from_before_there_was_a_refit(digits, trained, tmp_path):
     arrays |= {"updates": np.float32(20), "loss": np.ones(2, "float32")}
     settings = {name: value for name, value in saved.settings.items() if name != "refit"}
     settings["every"] = 1
+    settings["optimizer"] = settings["optimizer"] | {
+        "module": "keras_probes.probes.optimizer",
+        "class_name": "OnePassAdam",
+        "registered_name": "keras_probes>OnePassAdam",
+    }
     dataclasses.replace(saved, arrays=arrays, settings=settings).save(tmp_path / "old.probes")
     loaded = LinearProbeCallback.load(tmp_path / "old.probes")
     x, y = digits[1]
