@@ -3,6 +3,7 @@
     python benchmarks/fit_cost.py convnet --data mnist.npz --variants random gap isolated
     python benchmarks/fit_cost.py resnet50 --classes 1000 --variants auto
     python benchmarks/fit_cost.py resnet --data characters.npz --classes 1000 --images 20000
+    python benchmarks/fit_cost.py convnet --data mnist.npz --variants random --jit
 
 In one process and in turns, a fit without the callback before each variant's: a new host each time,
 so that everything counts that is traced and compiled. CPU seconds are those of all threads. The
@@ -51,8 +52,9 @@ def cpu_seconds(args, variant):
     host = make(**options)
     train, validation = data_for(args, host.input_shape[1:], host.output_shape[-1])
     host.compile(
-        keras.optimizers.Adam(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
+        keras.optimizers.Adam(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=args.jit,
+    )  # fmt: skip
     probes = None
     if variant is not None:
         options = {**VARIANTS[variant], **({} if args.refit is None else {"refit": args.refit})}
@@ -77,6 +79,7 @@ def main():
     parser.add_argument("--batch", type=int)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jit", action="store_true", help="compile the host with XLA")
     parser.add_argument("--refit", type=float, help="share of an epoch; the default's by default")
     args = parser.parse_args()
     keras.utils.disable_interactive_logging()
