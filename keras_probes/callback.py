@@ -98,8 +98,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
             was killed goes on where it was. `None` keeps nothing.
         seed: Seed of the random feature subsets, and of the examples that probes are refitted on.
         refit: What the refit at the end of each epoch may cost, as a share of the epoch itself,
-            counted in multiplications. It takes every probe to its optimum on a sample of the
-            epoch's examples, as near as that allows; 0 leaves the probes as they trained.
+            counted in multiplications; a short epoch may always spend those of two CPU seconds. It
+            takes every probe to its optimum on a sample of the epoch's examples, as near as that
+            allows; 0 leaves the probes as they trained.
 
     Attributes:
         memory_limit: Bytes that all probes together may take, 2 GiB unless set otherwise.
@@ -353,7 +354,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 "which a file can't keep. Pass it again: LinearProbeCallback.load(path, target=...)"
             )
         given["target"] = given["target"] if target is None else target
-        earlier = {"keras_probes>OnePassAdam": keras.optimizers.Adam}  # what files of the first version call it
+        # What files of the first version call it.
+        earlier = {"keras_probes>OnePassAdam": keras.optimizers.Adam}
         for name in ("reduce", "optimizer"):
             given[name] = keras.saving.deserialize_keras_object(given[name], earlier)
         callback = cls(**given, **options)

@@ -189,7 +189,7 @@ class OnlineProbes:
         if last is not None and last.left_out:
             taps = ", ".join(f"{tap!r} ({reason})" for tap, reason in last.left_out.items())
             return f"Not refitted at the end of the last epoch: {taps}."
-        share = f"for up to {self._settings.refit:g} of what the epoch costs"
+        share = f"for up to {self._settings.refit:g} of what the epoch costs, or two CPU seconds"
         if last is None and not self.isolated and has_own_step(self.host):
             return (
                 f"All probes are refitted at the end of each epoch, {share}, if the model's own "

@@ -100,7 +100,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.weekly)])
 def test_replicas_agree_with_one_device(replicas):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     run = subprocess.run(

@@ -55,7 +55,7 @@ def test_overhead_of_a_process(what):
 @pytest.mark.parametrize(
     ("host", "how"),
     [("mnist", ("--reduce", "gap")), ("cifar", ("--reduce", "random", "--mode", "isolated")),
-     ("cifar", ("--reduce", "gap", "--refit", "0"))],
+     pytest.param("cifar", ("--reduce", "gap", "--refit", "0"), marks=pytest.mark.weekly)],
 )  # fmt: skip
 def test_tracking(images, tmp_path, host, how):
     figure = tmp_path / "gaps.png"
@@ -69,12 +69,12 @@ def test_tracking(images, tmp_path, host, how):
     assert figure.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("host", "options"), [("mlp", ()), ("convnet", ("--classes", "20"))])
-def test_fit_cost(host, options):
+@pytest.mark.parametrize("options", [("--jit",), ("--classes", "20")])
+def test_fit_cost(options):
     size = ("--images", 96, "--validation", 16, "--epochs", 2, "--rounds", 1)
-    printed = run("fit_cost.py", host, *size, *options, "--variants", "auto", "online")
+    printed = run("fit_cost.py", "convnet", *size, *options, "--variants", "auto", "online")
     for variant in ("auto", "online"):
-        assert re.search(rf"^{host}, {variant}: [\d.]+ \(.*CPU seconds$", printed, re.MULTILINE)
+        assert re.search(rf"^convnet, {variant}: [\d.]+ \(.*CPU seconds$", printed, re.MULTILINE)
     refit = re.search(r"^auto: .* the last refit on (\d+) examples", printed, re.MULTILINE)
     assert 10 <= int(refit[1]) <= 96
 

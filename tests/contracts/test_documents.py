@@ -228,7 +228,7 @@ def test_the_example_of_resnet50_with_weights_and_a_folder_of_images(tmp_path):
     assert len(keras_probes.FeatureStore(tmp_path / "out" / "features")) == 60
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_example_of_inception(tmp_path):
     printed = run_example("inception.py", tmp_path, "--quick")
     assert all(f"epoch {epoch}" in printed for epoch in (1, 2, 3, 4))
@@ -242,8 +242,8 @@ def test_the_example_of_inception(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "model", "taps"),
-    [("deeper.py", "resnet101", 34), ("deeper.py", "vgg16", 21), ("sequences.py", "lstm", 5),
-     ("sequences.py", "transformer", 12)],
+    [pytest.param("deeper.py", "resnet101", 34, marks=pytest.mark.weekly),
+     ("deeper.py", "vgg16", 21), ("sequences.py", "lstm", 5), ("sequences.py", "transformer", 12)],
 )  # fmt: skip
 def test_the_examples_beyond_the_paper(tmp_path, script, model, taps):
     errors = bars(run_example(script, tmp_path, "--quick", "--model", model))

@@ -283,7 +283,8 @@ def test_the_summary_says_which_probes_are_refitted(digits):
 
     model = host()
     every = (
-        "All probes are refitted at the end of each epoch, for up to 0.1 of what the epoch costs"
+        "All probes are refitted at the end of each epoch, for up to 0.1 of what the epoch costs, "
+        "or two CPU seconds"
     )
     assert said(LinearProbeCallback(TAPS), model) == every + "."
     assert said(LinearProbeCallback(TAPS, refit=0), model) == "No probe is refitted: refit=0."
