@@ -14,7 +14,7 @@ predictions are made with their average over the last steps, which smooths out t
 batches. Taps of equal width are stacked and share one product.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -128,10 +128,10 @@ class Standardize(keras.layers.Layer):
         away = (x - mean) * counted
         squares = tf.square(away)
         if count > 0:
-            _put(self.mean, [(span, mean)])
             variance = tf.matmul(counted, squares, transpose_a=True)[0] / count
-            _put(self.variance, [(span, variance)])
-            _put(self.reach, [(span, tf.sqrt(tf.reduce_max(squares, axis=0)))])
+            _put(self.mean, span, mean)
+            _put(self.variance, span, variance)
+            _put(self.reach, span, tf.sqrt(tf.reduce_max(squares, axis=0)))
         return away * self.scale()[span]
 
     def of_tap(self, group: int, place: int) -> tuple[np.ndarray, np.ndarray]:
@@ -220,28 +220,28 @@ class SoftmaxHeads(keras.layers.Layer):
         by_bias = sum_over_replicas(tf.reduce_sum(residual, axis=1, keepdims=True))
         return [by_kernel + penalty * self.kernel, by_bias]
 
-    def probes(self, places: Sequence[int]) -> np.ndarray:
-        """W over b of the predictions, float64, (len(places), n_features + 1, num_classes)."""
-        parts = [of.value.numpy()[places] for of in (self.mean_kernel, self.mean_bias)]
-        return np.concatenate(parts, axis=1).astype("float64")
+    def probe(self, place: int) -> np.ndarray:
+        """W over b of a tap's predictions, float64, shape (n_features + 1, num_classes)."""
+        parts = [of.value.numpy()[place] for of in (self.mean_kernel, self.mean_bias)]
+        return np.concatenate(parts).astype("float64")
 
-    def penalties(self, places: Sequence[int]) -> np.ndarray:
-        """The l2 penalties of the last refit, float64, shape (len(places),); 0 before the first."""
-        return self.l2.value.numpy()[places, 0, 0].astype("float64")
+    def penalty(self, place: int) -> float:
+        """The l2 penalty that a tap's last refit chose; 0 before the first."""
+        return float(self.l2.value.numpy()[place, 0, 0])
 
-    def restart(self, places: Sequence[int], weights: np.ndarray, l2: np.ndarray) -> None:
-        """Goes on from refitted probes.
+    def restart(self, place: int, weights: np.ndarray, l2: float) -> None:
+        """Goes on from a refitted probe.
 
         Args:
-            places: Of their taps.
-            weights: W over b, shape (len(places), n_features + 1, num_classes).
-            l2: Their penalties, shape (len(places),).
+            place: Of its tap.
+            weights: W over b, shape (n_features + 1, num_classes).
+            l2: Its penalty.
         """
         for variable in (self.kernel, self.mean_kernel):
-            _put(variable, zip(places, weights[:, :-1], strict=True))
+            _put(variable, place, weights[:-1])
         for variable in (self.bias, self.mean_bias):
-            _put(variable, zip(places, weights[:, -1:], strict=True))
-        _put(self.l2, zip(places, l2[:, None, None], strict=True))
+            _put(variable, place, weights[-1:])
+        _put(self.l2, place, l2)
 
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
@@ -261,11 +261,10 @@ def _flat(reduce: Callable[..., tf.Tensor], of_groups: Sequence[tf.Tensor]) -> t
     return tf.concat([tf.reshape(reduce(of, axis=1), [-1]) for of in of_groups], axis=0)
 
 
-def _put(variable: keras.Variable, values: Iterable[tuple[int | slice, Any]]) -> None:
-    """Sets what a variable holds at some places, in all replicas: assigning to slices would not."""
+def _put(variable: keras.Variable, place: int | slice, value: Any) -> None:
+    """Sets what a variable holds at a place, in all replicas: assigning to a slice would not."""
     held = np.array(variable.numpy())
-    for place, value in values:
-        held[place] = value
+    held[place] = value
     variable.assign(held)
 
 

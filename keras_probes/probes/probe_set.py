@@ -8,7 +8,6 @@ comes of these is the same in each.
 """
 
 import dataclasses
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from keras_probes.probes.replicas import sum_over_replicas
 # Numbers that the features of taps refitted side by side may have in all: beyond, a pass is worth
 # its calls, and probes that are done would be carried along.
 STACK_SIZE = 2**22
+STACK_PARAMETERS = 2**20  # likewise: what the solver keeps of them is to stay in the cache
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
@@ -201,7 +201,10 @@ class ProbeSet:
             places = by_width[max(group.n_features, NARROW)]
             places += [(at, place) for place in range(len(group.taps))]
         for width, places in by_width.items():
-            side_by_side = max(1, STACK_SIZE // (n * width))
+            parameters = parameters_of(
+                width, max(self._labels[key].shape[0] for key in self._labels)
+            )
+            side_by_side = max(1, min(STACK_SIZE // (n * width), STACK_PARAMETERS // parameters))
             for first in range(0, len(places), side_by_side):
                 yield width, places[first : first + side_by_side]
 
@@ -234,21 +237,15 @@ class ProbeSet:
         if len(some) < len(stack):
             z, weights = tf.gather(z, some), tf.gather(weights, some)
             stack = [stack[i] for i in some]
-        by_group = [
-            (self._groups[at].heads[target], [place for _, place in places])
-            for at, places in itertools.groupby(stack, key=lambda of: of[0])
-        ]
-        start = [_wide_probe(w, z.shape[2]) for heads, at in by_group for w in heads.probes(at)]
-        l2 = np.concatenate([heads.penalties(at) for heads, at in by_group])
-        result = refit(z, tf.maximum(labels, 0), weights, np.stack(start), l2, **options)
-        ends = np.cumsum([len(at) for _, at in by_group])[:-1]
-        parts = zip(np.split(result.weights, ends), np.split(result.l2, ends), strict=True)
-        for (heads, at), (of_group, penalties) in zip(by_group, parts, strict=True):
-            heads.restart(at, np.delete(of_group, np.s_[heads.n_features : -1], axis=1), penalties)
+        probes = [(self._groups[at].heads[target], place) for at, place in stack]
+        start = np.stack([_wide_probe(heads.probe(at), z.shape[2]) for heads, at in probes])
+        l2 = np.array([heads.penalty(at) for heads, at in probes])
+        result = refit(z, tf.maximum(labels, 0), weights, start, l2, **options)
+        for (heads, at), w, penalty in zip(probes, result.weights, result.l2, strict=True):
+            heads.restart(at, np.delete(w, np.s_[heads.n_features : -1], axis=0), penalty)
+        keys = [(target, self._tap(*at)) for at in stack]
         certificates = zip(result.before.tolist(), result.after.tolist(), strict=True)
-        return {
-            (target, self._tap(*of)): each for of, each in zip(stack, certificates, strict=True)
-        }
+        return dict(zip(keys, certificates, strict=True))
 
     def _stacked(self, features: Features) -> list[tf.Tensor]:
         """Features by group: float32, shape (n_taps, batch, n_features)."""
