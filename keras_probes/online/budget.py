@@ -7,6 +7,7 @@ All is counted in multiplications: the same on every machine, and in a run that 
 resumed. What else takes time is given as the multiplications that take as long on a CPU.
 """
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -74,11 +75,18 @@ class Costs:
             available: Number of examples that are there to refit on.
         """
         once = self.work * self.passes + sum(prepare_cost(features) for features, _ in self.sizes)
-        a_pass = sum(pass_cost(*size) for size in self.sizes)
-        budget = max(share * self.of_host(examples), MIN_REFIT)
+        budget = share * self.of_host(examples)
         useful = max(
             EXAMPLES_PER_FEATURE * features + EXAMPLES_PER_CLASS * classes
             for features, classes in self.sizes
         )
-        n = max(2, min(available, useful, int(budget // (once + PASSES * a_pass))))
-        return n, max(2, int(MARGIN * (budget - n * once) // (n * a_pass)))
+        n = bisect.bisect_right(
+            range(min(available, useful) + 1), max(budget, MIN_REFIT),
+            key=lambda n: n * once + PASSES * self._of_pass(n),
+        ) - 1  # fmt: skip
+        n = max(n, 2)
+        return n, max(2, int(MARGIN * (max(budget, MIN_REFIT) - n * once) // self._of_pass(n)))
+
+    def _of_pass(self, n: int) -> int:
+        """A pass of the solver over n examples, for all probes."""
+        return sum(pass_cost(n, *size) for size in self.sizes)

@@ -262,10 +262,10 @@ def _flat(reduce: Callable[..., tf.Tensor], of_groups: Sequence[tf.Tensor]) -> t
 
 
 def _put(variable: keras.Variable, place: int | slice, value: Any) -> None:
-    """Sets what a variable holds at a place, in all replicas: assigning to a slice would not."""
-    held = np.array(variable.numpy())
-    held[place] = value
-    variable.assign(held)
+    """Sets what a variable holds at a place: in each replica, since slices know of one alone."""
+    held = variable.value
+    for of_replica in getattr(held, "values", (held,)):
+        of_replica[place].assign(tf.cast(value, held.dtype))
 
 
 def residual_of(logits: tf.Tensor, labels: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:

@@ -202,7 +202,7 @@ class ProbeSet:
             places += [(at, place) for place in range(len(group.taps))]
         for width, places in by_width.items():
             parameters = parameters_of(
-                width, max(self._labels[key].shape[0] for key in self._labels)
+                min(width, n), max(self._labels[key].shape[0] for key in self._labels)
             )
             side_by_side = max(1, min(STACK_SIZE // (n * width), STACK_PARAMETERS // parameters))
             for first in range(0, len(places), side_by_side):

@@ -16,12 +16,13 @@ too.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
 from keras_probes.probes.path import PENALTIES, choose_penalty
-from keras_probes.probes.solver import RANK, Problem, fit_softmax
+from keras_probes.probes.solver import RANK, Fit, Problem, fit_softmax
 
 TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
 SEARCH_TOL = 2e-2  # the same while penalties are compared
@@ -36,6 +37,7 @@ NARROW = 64  # taps of fewer features are refitted as if they had so many: calls
 
 # What else takes time for a feature of an example, as the multiplications that take as long.
 READ_COST = 90  # in a pass of the solver: over few classes it waits for memory
+PARAMETER_COST = 3000  # of a parameter in a pass: the solver's own vectors
 PREPARE_COST = 500  # before the first: copies and statistics
 
 
@@ -56,9 +58,11 @@ class Refit:
     after: np.ndarray
 
 
-def pass_cost(n_features: int, num_classes: int) -> int:
-    """What a pass of the solver costs for one example and one probe, in multiplications."""
-    return max(n_features, NARROW) * (2 * num_classes + READ_COST)
+def pass_cost(n: int, n_features: int, num_classes: int) -> int:
+    """What a pass of the solver over n examples costs for one probe, in multiplications."""
+    features = max(n_features, NARROW)
+    steps = PARAMETER_COST * min(features, n) * num_classes
+    return n * features * (2 * num_classes + READ_COST) + steps
 
 
 def prepare_cost(n_features: int) -> int:
@@ -94,19 +98,53 @@ def refit(
     Returns:
         The `Refit`.
     """
-    taps, _, features = z.shape
-    whole = Problem([(z, labels, weights)], (taps, features, start.shape[2]))
-    penalties, found = l2, start
+    z, begin, back = _within_span(z, start)
+    whole = Problem([(z, labels, weights)], (z.shape[0], z.shape[2], start.shape[2]))
+    penalties, found = l2, begin
     if np.any(l2 == 0) or epoch % SEARCH_EVERY == 0:
         order = np.random.default_rng((seed, epoch)).permutation(z.shape[1])
-        penalties, found = _searched(whole, order, start, l2, passes // 2)
+        penalties, found = _searched(whole, order, begin, l2, passes // 2)
     # The first probes there are come of a few steps, and stand for nothing.
     trust = np.where(l2 > 0, OTHERS * (1.0 - kept), 0.0)
     fit = fit_softmax(
-        whole, penalties, start=found, near=start, trust=trust, tol=TOL,
+        whole, penalties, start=found, near=begin, trust=trust, tol=TOL,
         max_passes=max(passes - whole.passes, 2),
     )  # fmt: skip
-    return Refit(fit.weights, penalties, fit.began - fit.lower, fit.certificate)
+    weights_there, fallen = back(fit)
+    return Refit(weights_there, penalties, fit.began - fit.lower + fallen, fit.certificate)
+
+
+def _within_span(
+    z: tf.Tensor, start: np.ndarray
+) -> tuple[tf.Tensor, np.ndarray, Callable[[Fit], tuple[np.ndarray, np.ndarray]]]:
+    """The same problem in as few features as there are examples, where these are fewer.
+
+    Beside the span of z no example says anything of w. There F is l2/2 (|w|^2 + trust |w - v|^2),
+    with its minimum at trust / (1 + trust) v.
+
+    Args:
+        z: Shape (T, n, d).
+        start: W over b, shape (T, d + 1, K).
+
+    Returns:
+        Z and W over b in coordinates of the span, and what takes a fit there back: to its W over b,
+        and to how much F falls beside the span, shape (T,).
+    """
+    if z.shape[1] >= z.shape[2]:
+        return z, start, lambda fit: (fit.weights, np.zeros(len(start)))
+    of_span, coordinates = tf.linalg.qr(tf.transpose(z, (0, 2, 1)))
+    axes = of_span.numpy().astype("float64")
+    within = axes.swapaxes(1, 2) @ start[:, :-1]
+    beside = start[:, :-1] - axes @ within
+
+    def back(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+        stays = (fit.trust / (1 + fit.trust))[:, None, None]
+        kernel = axes @ fit.weights[:, :-1] + stays * beside
+        fallen = fit.l2 / 2 / (1 + fit.trust) * np.sum(beside**2, axis=(1, 2))
+        return np.concatenate([kernel, fit.weights[:, -1:]], axis=1), fallen
+
+    begin = np.concatenate([within, start[:, -1:]], axis=1)
+    return tf.transpose(coordinates, (0, 2, 1)), begin, back
 
 
 def _searched(

@@ -75,6 +75,7 @@ class Fit:
         gradient_norm: Euclidean norm of the gradient of F in W and b, shape (T,).
         certificate: Upper bound on F - F*, in nats, shape (T,).
         lower: Lower bound on F*, in nats, shape (T,).
+        trust: How much earlier probes counted, shape (T,); 0 where they stood for nothing.
         steps: Number of steps, shape (T,).
         converged: Whether the tolerance was reached, shape (T,).
     """
@@ -86,6 +87,7 @@ class Fit:
     gradient_norm: np.ndarray
     certificate: np.ndarray
     lower: np.ndarray
+    trust: np.ndarray
     steps: np.ndarray
     converged: np.ndarray
 
@@ -295,8 +297,9 @@ class _Descent:
         self.began, gradient = self.point.objective, self.point.gradient
         above = _inner(gradient, self._preconditioned(gradient, self.point)) / 2
         by_chance = problem.shape[1] * problem.shape[2] / problem.total
-        trust = np.where(above <= CHANCE * by_chance, trust, 0.0)
-        self._l2_near, self._curvature_near = trust * self.l2, trust[:, None] * self.point.curvature
+        self.trust = np.where(above <= CHANCE * by_chance, trust, 0.0)
+        self._l2_near = self.trust * self.l2
+        self._curvature_near = self.trust[:, None] * self.point.curvature
         self.point = self.point if start is near else self._at(start)
         self.lower = self._lower_bound(self.point)
         self.steps, self._backtracks = np.zeros(taps, int), np.zeros(taps, int)
@@ -472,6 +475,7 @@ def fit_softmax(
         gradient_norm=np.sqrt(_inner(point.gradient, point.gradient)),
         certificate=descent.certificate(),
         lower=descent.lower,
+        trust=descent.trust,
         steps=descent.steps,
         converged=at_optimum,
     )

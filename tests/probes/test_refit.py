@@ -7,6 +7,8 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
+from keras_probes.probes import refit as refit_module
+from keras_probes.probes import solver
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.path import PENALTIES, walk
 from keras_probes.probes.probe_set import ProbeSet
@@ -67,6 +69,27 @@ def test_both_bounds_hold_and_the_probe_is_at_its_optimum(known, kept):
     assert -1e-5 < above <= found.after[0] + 1e-5
     assert found.after[0] <= TOL
     assert above_before - 1e-5 <= found.before[0] <= above_before + found.after[0] + 1e-5
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_more_features_than_examples_are_the_same_problem_in_fewer(known, monkeypatch):
+    """As without that, and what other examples have taught beside their span stays in part."""
+    z, labels = examples(60, d=90)
+    start = 0.3 * np.random.default_rng(1).normal(size=(91, 3))
+    if known:
+        start = refitted(*examples(400, d=90, seed=7), start, l2=1e-2, epoch=1).weights[0]
+    found = refitted(z, labels, start, l2=1e-2, kept=0.5, epoch=1)
+    monkeypatch.setattr(refit_module, "_within_span", lambda z, w: (z, w, unturned))
+    monkeypatch.setattr(solver, "EXACT", 90)
+    expected = refitted(z, labels, start, l2=1e-2, kept=0.5, epoch=1)
+    assert found.before[0] == pytest.approx(expected.before[0], abs=2 * TOL)
+    away = [cross_entropy(z, labels, *split(w.weights[0])) for w in (found, expected)]
+    assert away[0] == pytest.approx(away[1], abs=TOL)
+    assert np.linalg.norm(found.weights - expected.weights) < 0.1 * np.linalg.norm(start)
+
+
+def unturned(fit):
+    return fit.weights, np.zeros(len(fit.weights))
 
 
 def test_the_first_probes_stand_for_no_other_examples():
