@@ -37,7 +37,7 @@ NARROW = 64  # taps of fewer features are refitted as if they had so many: calls
 
 # What else takes time for a feature of an example, as the multiplications that take as long.
 READ_COST = 90  # in a pass of the solver: over few classes it waits for memory
-PARAMETER_COST = 3000  # of a parameter in a pass: the solver's own vectors
+VECTOR_COST = 3000  # of a parameter in a pass: the solver's own vectors
 PREPARE_COST = 500  # before the first: copies and statistics
 
 
@@ -61,7 +61,7 @@ class Refit:
 def pass_cost(n: int, n_features: int, num_classes: int) -> int:
     """What a pass of the solver over n examples costs for one probe, in multiplications."""
     features = max(n_features, NARROW)
-    steps = PARAMETER_COST * min(features, n) * num_classes
+    steps = VECTOR_COST * min(features, n) * num_classes
     return n * features * (2 * num_classes + READ_COST) + steps
 
 
