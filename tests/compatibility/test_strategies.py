@@ -131,8 +131,8 @@ def test_replicas_agree_with_one_device(replicas):
     # What is refitted first is the same, probes and examples. What comes of it need not be: where
     # rounding has the solver stop an iteration earlier, weights differ within its certificate.
     refitted, alone = found["refitted"]["given"], found["one refitted"]["given"]
-    assert len(refitted) == len(alone) == 2 * 2  # taps of one width at a time, in two epochs
-    for arguments, expected in zip(refitted[:2], alone[:2], strict=True):
+    assert len(refitted) == len(alone) == 2  # all taps at a time, in two epochs
+    for arguments, expected in zip(refitted[:1], alone[:1], strict=True):
         for got, argument in zip(arguments, expected, strict=True):
             np.testing.assert_allclose(got, argument, rtol=1e-2, atol=1e-3)
     last = {k.removeprefix("val_"): v[-1] for k, v in shared["history"].items() if "val_" in k}
