@@ -75,17 +75,17 @@ class Costs:
             available: Number of examples that are there to refit on.
         """
         once = self.work * self.passes + sum(prepare_cost(features) for features, _ in self.sizes)
-        budget = share * self.of_host(examples)
+        budget = max(share * self.of_host(examples), MIN_REFIT)
         useful = max(
             EXAMPLES_PER_FEATURE * features + EXAMPLES_PER_CLASS * classes
             for features, classes in self.sizes
         )
-        n = bisect.bisect_right(
-            range(min(available, useful) + 1), max(budget, MIN_REFIT),
+        too_many = bisect.bisect_right(
+            range(min(available, useful) + 1), budget,
             key=lambda n: n * once + PASSES * self._of_pass(n),
-        ) - 1  # fmt: skip
-        n = max(n, 2)
-        return n, max(2, int(MARGIN * (max(budget, MIN_REFIT) - n * once) // self._of_pass(n)))
+        )  # fmt: skip
+        n = max(2, too_many - 1)
+        return n, max(2, int(MARGIN * (budget - n * once) // self._of_pass(n)))
 
     def _of_pass(self, n: int) -> int:
         """A pass of the solver over n examples, for all probes."""

@@ -197,13 +197,12 @@ class ProbeSet:
     def _stacks(self, n: int) -> Iterator[tuple[int, list[_Place]]]:
         """The taps to refit side by side on n examples, and as how many features each is given."""
         by_width: dict[int, list[_Place]] = defaultdict(list)
+        most_classes = max(heads.num_classes for heads in self._heads())
         for at, group in enumerate(self._groups):
             places = by_width[max(group.n_features, NARROW)]
             places += [(at, place) for place in range(len(group.taps))]
         for width, places in by_width.items():
-            parameters = parameters_of(
-                min(width, n), max(self._labels[key].shape[0] for key in self._labels)
-            )
+            parameters = parameters_of(min(width, n), most_classes)
             side_by_side = max(1, min(STACK_SIZE // (n * width), STACK_PARAMETERS // parameters))
             for first in range(0, len(places), side_by_side):
                 yield width, places[first : first + side_by_side]

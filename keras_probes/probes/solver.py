@@ -358,10 +358,13 @@ class _Descent:
     def _at(self, weights: np.ndarray) -> _Point:
         """F at some weights: one pass."""
         loss, of_loss, curvature = self._problem.losses(weights, self.dtype)
-        away, far = weights - self._centre, weights - self._near
-        pull = self._pull(far)
-        penalty = self.l2 / 2 * _inner(away, away) + _inner(far, pull) / 2
-        gradient = of_loss + self.l2[:, None, None] * away + pull
+        away = weights - self._centre
+        penalty = self.l2 / 2 * _inner(away, away)
+        gradient = of_loss + self.l2[:, None, None] * away
+        if self._l2_near.any():
+            far = weights - self._near
+            pull = self._pull(far)
+            penalty, gradient = penalty + _inner(far, pull) / 2, gradient + pull
         return _Point(
             weights, loss, of_loss, np.maximum(curvature, MIN_CURVATURE), penalty, gradient
         )
@@ -407,12 +410,11 @@ class _Descent:
 
     def _of_objective(self, step: np.ndarray, of_loss: np.ndarray) -> np.ndarray:
         """The change of F's gradient along a step, from that of the loss's."""
-        return of_loss + self.l2[:, None, None] * step + self._pull(step)
+        change = of_loss + self.l2[:, None, None] * step
+        return change + self._pull(step) if self._l2_near.any() else change
 
     def _pull(self, far: np.ndarray) -> np.ndarray:
         """The gradient of what the earlier probes stand for, so far from them."""
-        if not self._l2_near.any():
-            return np.zeros_like(far)
         return self._problem.basis.product(far, self._curvature_near, self._l2_near)
 
     def _preconditioned(self, gradient: np.ndarray, point: _Point) -> np.ndarray:
