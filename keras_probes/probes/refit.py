@@ -25,7 +25,7 @@ from keras_probes.probes.path import PENALTIES, choose_penalty
 from keras_probes.probes.solver import RANK, Fit, Problem, fit_softmax
 
 TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
-SEARCH_TOL = 2e-2  # the same while penalties are compared
+SEARCH_TOL = 2e-3  # while penalties are compared: a fit that stops early looks like a stronger one
 HELD_OUT = 8  # one example in so many chooses the penalty
 OTHERS = 3.0  # times what is in the sample: what earlier probes know of the rest, at most
 GAIN = 5e-3  # nats on the eighth that another penalty has to bring; less is luck
@@ -91,7 +91,7 @@ def refit(
         start: W over b, shape (T, d + 1, K).
         l2: The penalties that the last refit chose, shape (T,); 0 in the first.
         kept: Share of the epoch's examples that are in the sample, above 0 to 1.
-        passes: About how many passes over the sample to take.
+        passes: About how many passes over the sample to take; half as many more after a search.
         epoch: Number of the epoch: when penalties are looked at, and by which examples.
         seed: Seed of these examples' draw.
 
@@ -103,12 +103,12 @@ def refit(
     penalties, found = l2, begin
     if np.any(l2 == 0) or epoch % SEARCH_EVERY == 0:
         order = np.random.default_rng((seed, epoch)).permutation(z.shape[1])
-        penalties, found = _searched(whole, order, begin, l2, passes // 2)
+        penalties, found = _searched(whole, order, begin, l2, passes)
     # The first probes there are come of a few steps, and stand for nothing.
     trust = np.where(l2 > 0, OTHERS * (1.0 - kept), 0.0)
     fit = fit_softmax(
         whole, penalties, start=found, near=begin, trust=trust, tol=TOL,
-        max_passes=max(passes - whole.passes, 2),
+        max_passes=max(passes - whole.passes, passes // 2),
     )  # fmt: skip
     weights_there, fallen = back(fit)
     return Refit(weights_there, penalties, fit.began - fit.lower + fallen, fit.certificate)

@@ -300,6 +300,11 @@ class _Descent:
         self.trust = np.where(above <= CHANCE * by_chance, trust, 0.0)
         self._l2_near = self.trust * self.l2
         self._curvature_near = self.trust[:, None] * self.point.curvature
+        self._pairs: collections.deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = (
+            collections.deque(maxlen=PAIRS)
+        )
+        for pair in problem.pairs:
+            self._remember(*pair)
         self.point = self.point if start is near else self._at(start)
         self.lower = self._lower_bound(self.point)
         self.steps, self._backtracks = np.zeros(taps, int), np.zeros(taps, int)
@@ -385,33 +390,36 @@ class _Descent:
         valid = taken & (_inner(step, change) > 0)  # as it is but for rounding
         keep = valid[:, None, None]
         self._problem.pairs.append((step * keep, change * keep))
+        step, change, inverse = self._remember(*self._problem.pairs[-1])
         # By how much the curvature lately seen is above that of the mean softmax.
-        change = self._of_objective(step, change)
         along = _inner(change, self._preconditioned(change, after))
-        ratio = _inner(step, change) / np.where(along > 0, along, 1.0)
-        self._scale = np.where(valid & (along > 0), ratio, self._scale)
+        ratio = 1 / np.where(inverse * along > 0, inverse * along, 1.0)
+        self._scale = np.where(inverse * along > 0, ratio, self._scale)
+
+    def _remember(
+        self, step: np.ndarray, of_loss: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Keeps a pair, with the change of F's gradient along it for that of the loss's."""
+        change = of_loss + self.l2[:, None, None] * step
+        if self._l2_near.any():
+            change += self._pull(step)
+        along = _inner(step, change)
+        inverse = np.where(along > 0, 1 / np.where(along > 0, along, 1.0), 0.0)
+        self._pairs.append((step, change, inverse))
+        return self._pairs[-1]
 
     def _towards_optimum(self) -> np.ndarray:
         """The L-BFGS inverse Hessian times the gradient: two loops over the pairs."""
         direction = self.point.gradient.copy()
         shares = []
-        for step, of_loss in reversed(self._problem.pairs):
-            change = self._of_objective(step, of_loss)
-            along = _inner(step, change)
-            inverse = np.where(along > 0, 1 / np.where(along > 0, along, 1.0), 0.0)
-            share = inverse * _inner(step, direction)
-            direction -= share[:, None, None] * change
-            shares.append((step, change, inverse, share))
+        for step, change, inverse in reversed(self._pairs):
+            shares.append(inverse * _inner(step, direction))
+            direction -= shares[-1][:, None, None] * change
         direction = self._preconditioned(direction, self.point) * self._scale[:, None, None]
-        for step, change, inverse, share in reversed(shares):
+        for (step, change, inverse), share in zip(self._pairs, reversed(shares), strict=True):
             back = share - inverse * _inner(change, direction)
             direction += back[:, None, None] * step
         return direction
-
-    def _of_objective(self, step: np.ndarray, of_loss: np.ndarray) -> np.ndarray:
-        """The change of F's gradient along a step, from that of the loss's."""
-        change = of_loss + self.l2[:, None, None] * step
-        return change + self._pull(step) if self._l2_near.any() else change
 
     def _pull(self, far: np.ndarray) -> np.ndarray:
         """The gradient of what the earlier probes stand for, so far from them."""
