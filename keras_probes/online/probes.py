@@ -440,8 +440,20 @@ def _takes_x(host: keras.Model, recording: Recording, x: Any) -> bool:
     """Whether a step calls the host with the x of its data, and not with what it makes of it."""
     given = tf.nest.flatten(x, expand_composites=True)
     return not has_own_step(host) or all(
-        any(s is part for part in given) for s in recording.sources
+        any(_is_same(source, part) for part in given) for source in recording.sources
     )
+
+
+def _is_same(source: tf.Tensor, part: tf.Tensor) -> bool:
+    """Whether what a host gets is this part of x, or what Keras casts it to."""
+    if source is part or not part.dtype.is_floating:
+        return source is part
+    if tf.executing_eagerly():
+        same_shape = source.shape == part.shape
+        return same_shape and bool(tf.reduce_all(source == tf.cast(part, source.dtype)))
+    while source is not part and source.op.type == "Cast":
+        source = source.op.inputs[0]
+    return source is part
 
 
 def _check_rows(features: tf.Tensor, labels: tf.Tensor) -> None:

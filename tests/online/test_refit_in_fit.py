@@ -597,3 +597,17 @@ def test_a_step_that_makes_something_else_of_x_is_not_taken_for_the_host(digits,
     table = probes.results.table()
     assert ("certificate" in table) == (scale == 1)
     assert table.loc["dense", "validation error"] < 0.7
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_a_mixed_policy_casts_x_to_is_still_x(digits, eager):
+    """Keras casts x before `call`, so that it is another tensor than the data's."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = compiled(Scaling(1), "adam", run_eagerly=eager)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    probes = LinearProbeCallback("dense")
+    model.fit(*digits[0], 16, 1, callbacks=[probes], validation_data=digits[1], verbose=0)
+    assert probes.results.refits[-1].left_out == {}
+    assert probes.results.table().loc["dense", "certificate"] <= 1e-2
