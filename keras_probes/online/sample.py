@@ -100,4 +100,4 @@ def _cut(batches: Sequence[Any], n: int) -> Iterator[Any]:
 
 def _bytes(batch: Any) -> int:
     parts = tf.nest.flatten(batch, expand_composites=True)
-    return sum(int(tf.size(part)) * part.dtype.size for part in parts)
+    return sum(part.shape.num_elements() * part.dtype.size for part in parts)
