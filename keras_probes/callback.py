@@ -7,6 +7,7 @@ decided in `taps`, what is measured in `probes`; the probes of one host are an `
 import dataclasses
 import os
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -30,11 +31,17 @@ from keras_probes.probes.measures import METRICS
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.targets import named_targets
 from keras_probes.results.record import ProbeResults
-from keras_probes.results.schema import BASELINES, Row, name_of_measure, versions
-from keras_probes.taps.graph import input_spec_of
+from keras_probes.results.schema import (
+    BASELINES,
+    Row,
+    name_of_baseline,
+    name_of_measure,
+    versions,
+)
+from keras_probes.taps.graph import has_call, input_spec_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector, nearest
-from keras_probes.view.table import as_bars
+from keras_probes.view.table import as_bars, left_out_text
 from keras_probes.view.tensorboard import TensorBoardWriter
 
 _UNSUPPORTED = (
@@ -71,11 +78,15 @@ class LinearProbeCallback(keras.callbacks.Callback):
         target: What the probes predict (section 3.6). `None`: the model's own labels; a key or
             index into `y`; a function (x, y) -> labels of TensorFlow operations; or a mapping from
             names to these, for several targets at once. Labels are integers, shape (batch,) or
-            (batch, 1), or one-hot, shape (batch, classes).
-        num_classes: Number of classes, or a mapping from target names to it. Inferred from one-hot
-            labels or from the model's output where it can be.
-        optimizer: Keras optimizer for the probes; a copy is used. By default Adam, with a learning
-            rate of 0.15 on features of length 1.
+            (batch, 1), or one-hot, shape (batch, classes). A number below 0, NaN, a row of zeros
+            and the `ignore_class` of the model's loss stand for a missing label.
+        num_classes: Number of classes, or a mapping from target names to it. Inferred where labels
+            are one-hot or arrays, and where the model's loss is a cross-entropy over an output.
+        sample_weight: A function (x, y, sample_weight) -> weights of the examples, shape (batch,),
+            for the probes. By default those the model gets, if they are of that shape. An example
+            of weight 0 is left out.
+        optimizer: Keras optimizer for the probes; a copy is used. By default Adam. That and one
+            given by its name have a learning rate of 0.15, on features of length 1.
         metrics: Which of `"error"`, `"loss"` (cross-entropy in nats) and `"top5_error"` to report.
         mode: `"shared"`: probes read the model's own forward pass, at almost no cost, and the
             model trains as without them up to rounding. `"isolated"`: they run a second forward
@@ -101,6 +112,13 @@ class LinearProbeCallback(keras.callbacks.Callback):
             counted in multiplications; a short epoch may always spend those of two CPU seconds. It
             takes every probe to its optimum on a sample of the epoch's examples, as near as that
             allows; 0 leaves the probes as they trained.
+        model: The network to probe, where that is one within the model that is trained, or a
+            function of the latter that returns it: `lambda m: m.encoder`. Of a model without a
+            `call`, the network in one of its attributes is meant where `layers` begin with its
+            name (`"encoder/*"`), or where it alone takes x.
+        unpack: What of a batch the probes see, where the model's own step takes it apart in its own
+            way: an index, or a function of the batch, to (x, y) or (x, y, sample_weight). For
+            zipped (unlabelled, labelled) data: 1.
 
     Attributes:
         memory_limit: Bytes that all probes together may take, 2 GiB unless set otherwise.
@@ -119,6 +137,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         reduce: Reduce = "auto",
         target: Any = None,
         num_classes: int | Mapping[str, int] | None = None,
+        sample_weight: Callable[[Any, Any, Any], Any] | None = None,
         optimizer: keras.optimizers.Optimizer | str | None = None,
         metrics: Sequence[Literal["error", "loss", "top5_error"]] = ("error", "loss"),
         mode: Literal["shared", "isolated"] = "shared",
@@ -129,6 +148,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         backup_dir: str | os.PathLike | None = None,
         seed: int = 0,
         refit: float = 0.1,
+        model: keras.Model | Callable[[keras.Model], keras.Model] | None = None,
+        unpack: int | Callable[[Any], Any] | None = None,
     ):
         super().__init__()
         if keras.backend.backend() != "tensorflow":
@@ -166,7 +187,14 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 f"update_freq={update_freq!r}."
             )
         _one_of("mode", mode, ("shared", "isolated"))
-        named_targets(target)
+        names = named_targets(target)
+        for baseline in baselines:
+            for name in names:
+                if name_of_baseline(baseline, name) in names:
+                    raise ValueError(
+                        f"A target is named {name_of_baseline(baseline, name)!r}, as the baseline "
+                        f"of {name!r} would be. Rename it, or leave {baseline!r} out of baselines=."
+                    )
         self.metrics = tuple(metrics)
         self.log_dir = log_dir
         self.update_freq = update_freq
@@ -176,25 +204,43 @@ class LinearProbeCallback(keras.callbacks.Callback):
             reduce=reduce,
             target=target,
             num_classes=num_classes,
+            sample_weight=sample_weight,
             optimizer=optimizer,
             isolated=mode == "isolated",
             every=every,
             baselines=tuple(baselines),
             seed=seed,
             refit=float(refit),
+            model=model,
+            unpack=unpack,
         )
         self._online: OnlineProbes | None = None
         self._joint: Joint | None = None
         self._test_split = "test"  # of the evaluation that is running
         self._writer: TensorBoardWriter | None = None
         # Identifies the fit, and lets go of it: TensorBoard's files are closed with it.
-        self._fit: Callable[[], keras.callbacks.CallbackList | None] = lambda: None
+        self._fit: Callable[[], keras.callbacks.CallbackList | None] = _no_fit
         self._logged: tuple[int, Sums] = (0, {})  # batches and sums that TensorBoard has
         self._epoch = 0
+        self._measured_epoch: int | None = None  # the last that ended with measures of training
         self._backups = Backups(backup_dir) if backup_dir is not None else None
         self._begun = False  # whether the fit has come to its first epoch
         self._fit_params: dict[str, Any] = {}  # an `evaluate` within it sets `params` anew
         self._loaded: Checkpoint | None = None  # whose state no host has taken yet
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: all but the model, with the probes as `save` keeps them."""
+        online = self._online
+        known = self._loaded is not None or (online is not None and online.built)
+        return {
+            **vars(self),
+            "_model": None,
+            "_online": None,
+            "_joint": None,
+            "_writer": None,
+            "_fit": _no_fit,
+            "_loaded": self._checkpoint() if known else None,
+        }
 
     # What a user asks for.
 
@@ -263,13 +309,17 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
             def store(name: str, part: Any) -> FeatureStore:
                 return extract_features(
-                    online.host,
+                    online.probed,
                     part,
                     os.path.join(directory, name),
-                    layers=list(plan.n_features),
-                    reduce={reduced.tap.name: reduced.reduction for reduced in plan.taps},
+                    layers=[name.removeprefix(plan.prefix) for name in plan.n_features],
+                    reduce={
+                        reduced.tap.name.removeprefix(plan.prefix): reduced.reduction
+                        for reduced in plan.taps
+                    },
                     target=asked.target,
                     num_classes=online.num_classes,
+                    sample_weight=asked.sample_weight,
                     batch_size=batch_size,
                     seed=asked.seed,
                     verbose=verbose,
@@ -286,7 +336,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     ) -> None:
         """Prints what is probed: tap, depth, shape, reduction, features, parameters and memory.
 
-        And which probes are refitted, or were not, and why.
+        Then which layers are left out, which probes are refitted or were not, and why.
 
         Args:
             model: The model to be probed; may be left out once `fit` has begun.
@@ -296,17 +346,17 @@ class LinearProbeCallback(keras.callbacks.Callback):
             ValueError: No model is known, or its input shape or number of classes is not.
         """
         if model is not None:
+            _check_model(model)
             self._adopt(model)
         if self._online is None:
             raise ValueError("Pass the model to be probed: probes.summary(model).")
         if not self._online.built:
-            spec = input_spec_of(self._online.host)
-            if spec is None:
+            if has_call(self._online.host) and input_spec_of(self._online.host) is None:
                 raise ValueError(
                     f"The input shape of {self._online.host.name!r} is not known before its first "
                     "batch. Call summary() after fit, or give the model a keras.Input."
                 )
-            self._online.choose_taps(spec)
+            self._online.choose_taps()
         sizes = self._online.sizes()
         table = pd.DataFrame([dataclasses.asdict(tap) for tap in self._online.plan.tap_infos()])
         table["shape"] = [tap.shape_text for tap in self._online.plan.tap_infos()]
@@ -315,6 +365,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         print_fn(table.rename(columns={"name": "tap"}).to_string(index=False))
         parameters, memory = (sum(column) for column in zip(*sizes.values(), strict=True))
         print_fn(f"{len(sizes)} taps, {parameters:,} parameters, {mebibytes(memory)}")
+        if self._online.plan.left_out:
+            print_fn(left_out_text(self._online.plan.left_out))
         print_fn(self._online.about_refit(next(reversed(self.results.refits), None)))
 
     def save(self, path: str | os.PathLike) -> None:
@@ -329,36 +381,35 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._checkpoint().save(path)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike, *, target: Any = None, **options: Any
-    ) -> "LinearProbeCallback":
+    def load(cls, path: str | os.PathLike, **options: Any) -> "LinearProbeCallback":
         """Returns the callback that `save` wrote: pass it to `fit` or `evaluate` of its model.
 
         Its `results` are there at once; its weights as soon as it has seen the model.
 
         Args:
             path: Name of the file.
-            target: The target, where it is or holds a function, which a file can't keep.
-            **options: `log_dir`, `update_freq` and `backup_dir`, which belong to a machine and are
-                not kept.
+            **options: What a file can't keep: `target`, `sample_weight`, `model` and `unpack`,
+                where they are or hold functions or models; and `log_dir`, `update_freq` and
+                `backup_dir`, which belong to a machine.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is damaged or something else, or `target` is missing.
+            ValueError: The file is damaged or something else, or a function is missing.
         """
         saved = Checkpoint.load(path)
         given = dict(saved.settings)
-        if given.pop("target_is_code") and target is None:
-            raise ValueError(
-                f"The probes in {os.fspath(path)!r} were trained on a target given as a function, "
-                "which a file can't keep. Pass it again: LinearProbeCallback.load(path, target=...)"
-            )
-        given["target"] = given["target"] if target is None else target
         # What files of the first version call it.
+        code = given.pop("code", ["target"] if given.pop("target_is_code", False) else [])
+        for name in code:
+            if name not in options:
+                raise ValueError(
+                    f"The probes in {os.fspath(path)!r} were trained with a function as {name}=, "
+                    f"which a file can't keep. Pass it again: load(path, {name}=...)."
+                )
         earlier = {"keras_probes>OnePassAdam": keras.optimizers.Adam}
         for name in ("reduce", "optimizer"):
             given[name] = keras.saving.deserialize_keras_object(given[name], earlier)
-        callback = cls(**given, **options)
+        callback = cls(**{**given, **options})
         callback.results = saved.results
         callback._loaded = saved
         return callback
@@ -366,6 +417,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     # What Keras calls.
 
     def set_model(self, model: keras.Model) -> None:
+        _check_model(model)
         super().set_model(model)
         quiet_progress_bar(lambda: self._joint.keys if self._joint else ())
 
@@ -373,9 +425,6 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._check_host(self.model)
         online = self._adopt(self.model)
         self.results = ProbeResults()
-        spec = input_spec_of(self.model)
-        if spec is not None:  # else the first batch will tell
-            online.choose_taps(spec)
         if self.log_dir is not None:
             self._writer = self._writer or TensorBoardWriter(self.log_dir)
             self._writer.begin()
@@ -383,7 +432,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self._fit = weakref.ref(fit)
             if self._writer is not None:
                 weakref.finalize(fit, self._writer.close)  # where an exception ends it
-        self._begun = False
+        self._begun, self._measured_epoch = False, None
         self._fit_params = {"steps": None, "verbose": 0, **self.params}
         self._join("train", online)
 
@@ -405,12 +454,19 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self._write_batches(self._writer, batch + 1, self.update_freq)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if self._measured_epoch != epoch:
+            warnings.warn(
+                f"The probes saw no step of epoch {epoch}: they ride in the steps of `fit`, and a "
+                "loop of one's own has none of these. Call model.fit, or probe the model as it is "
+                "with extract_features and fit_probes.",
+                stacklevel=2,
+            )
         if self._writer is not None:
             self._writer.write(self.results, epoch)
 
     def on_train_end(self, logs: dict | None = None) -> None:
         self._leave("test", "train")
-        self._fit = lambda: None
+        self._fit = _no_fit
         if self._fit_params["verbose"] and self.results.rows:
             print(as_bars(self.results))
         if self._backups is not None:
@@ -439,6 +495,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def on_test_end(self, logs: dict | None = None) -> None:
         in_fit = self._fit() in calling_lists()
         self._leave(*("test",) if in_fit else ("test", "train"))
+        if not in_fit and self.log_dir is not None:  # else the epoch's end writes it
+            self._writer = self._writer or TensorBoardWriter(self.log_dir)
+            self._writer.write(self.results, self._epoch, "test")
+            self._writer.close()
 
     # How it is done.
 
@@ -457,13 +517,20 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if self._loaded is not None:
             return self._loaded
         online, asked = self._built(), self._settings
-        targets = named_targets(asked.target)
-        is_code = any(callable(select) for select in targets.values())
+        of_target = named_targets(asked.target).values()
+        code = {
+            "target": asked.target if any(map(callable, of_target)) else None,
+            "sample_weight": asked.sample_weight,
+            "model": asked.model,
+            "unpack": asked.unpack if callable(asked.unpack) else None,
+        }
+        code = {name: value for name, value in code.items() if value is not None}
         settings = {
             "layers": [reduced.tap.name for reduced in online.plan.taps],
             "reduce": {reduced.tap.name: reduced.reduction for reduced in online.plan.taps},
-            "target": None if is_code else asked.target,
-            "target_is_code": is_code,
+            "target": None if "target" in code else asked.target,
+            "unpack": None if "unpack" in code else asked.unpack,
+            "code": list(code),
             "num_classes": online.num_classes,
             "optimizer": online.probes.optimizer,
             "metrics": self.metrics,
@@ -523,8 +590,11 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if not self.results.taps:
             plan = self._online.plan
             self.results.taps, self.results.graph = plan.tap_infos(), plan.nodes()
+            self.results.left_out = dict(plan.left_out)
             self.results.settings = {"model": self.model.name, **self._settings.described()}
             self.results.versions = versions()
+        if kind == "train":
+            self._measured_epoch = self._epoch
         split = "train" if kind == "train" else self._test_split
         asked = named_targets(self._settings.target)
         rows = list(rows_of(measured, self._epoch, split, self.metrics, asked, of_host))
@@ -547,6 +617,20 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if any(row.n for row in rows):
             self._logged = (batches, sums)
             writer.write_batches(ProbeResults(online.plan.tap_infos(), rows))
+
+
+def _no_fit() -> None:
+    """Stands for the fit that is running where there is none."""
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        of_tf_keras = any(base.__module__.startswith("tf_keras") for base in type(model).__mro__)
+        instead = " It is a model of tf_keras (Keras 2): unset TF_USE_LEGACY_KERAS and build it "
+        raise TypeError(
+            f"Expected a model of Keras 3. Received: {type(model).__module__}."
+            f"{type(model).__name__}." + (f"{instead}with keras." if of_tf_keras else "")
+        )
 
 
 def _log_key(row: Row) -> str:

@@ -4,7 +4,7 @@ In: a host's taps, targets, and batches as `fit` takes them. Out: features, labe
 host is called at inference, and none of its state is touched.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import keras
@@ -30,10 +30,13 @@ class ForwardPass:
 
     Attributes:
         spec: As given.
+        weighted: Whether samples have weights.
     """
 
-    def __init__(self, plan: TapPlan, targets: Iterable[Target], spec: Any, dtype: str = "float32"):
+    def __init__(self, plan: TapPlan, targets: Sequence[Target], spec: Any, dtype: str = "float32"):
         self.spec = spec
+        _, _, sample_weight = keras.utils.unpack_x_y_sample_weight(spec)
+        self.weighted = sample_weight is not None or any(t.weigh is not None for t in targets)
         self._plan, self._targets, self._dtype = plan, list(targets), dtype
         self._run = self._forward
         if not plan.host.run_eagerly:
@@ -47,9 +50,10 @@ class ForwardPass:
             batch: (x, y) or (x, y, sample_weight).
 
         Returns:
-            Features, shape (batch, n_features); labels, int32, shape (batch,), -1 for one that is
-            missing or out of range; weights, float32, shape (batch,), where samples have one; the
-            host's predictions, int32, shape (batch,), where it has an output for the target.
+            Features, shape (batch, n_features); labels, int32, shape (batch,), below 0 for an
+            example to leave out, see `Target`; weights, float32, shape (batch,), where samples have
+            one; the host's predictions, int32, shape (batch,), where it has an output for the
+            target.
         """
         features, labels, weights, predicted = self._run(batch)
         names = [target.name for target in self._targets]
@@ -66,16 +70,16 @@ class ForwardPass:
 
     def labels(self, batch: Any) -> dict[Part, tf.Tensor]:
         """Returns the labels alone, which takes no forward pass."""
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        return {("labels", target.name): target.labels(x, y) for target in self._targets}
+        data = keras.utils.unpack_x_y_sample_weight(batch)
+        return {("labels", t.name): t.labels_and_weights(*data)[0] for t in self._targets}
 
     def _forward(self, batch: Any) -> tuple[dict[str, tf.Tensor], list, list, list]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         raw, outputs = self._plan.run(x)
-        features = {tap: tf.cast(part, self._dtype) for tap, part in raw.items()}
         predicted = [target.predictions(outputs) for target in self._targets]
-        labels = [target.labels(x, y) for target in self._targets]
-        pairs = zip(self._targets, labels, strict=True)
-        weighted = sample_weight is not None
-        weights = [t.weights(sample_weight, of) for t, of in pairs if weighted]
+        pairs = [target.labels_and_weights(x, y, sample_weight) for target in self._targets]
+        labels = [of_target for of_target, _ in pairs]
+        raw = self._plan.check_rows(raw, labels[0])
+        features = {tap: tf.cast(part, self._dtype) for tap, part in raw.items()}
+        weights = [of_target for _, of_target in pairs] if self.weighted else []
         return features, labels, weights, predicted

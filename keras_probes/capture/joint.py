@@ -75,6 +75,8 @@ class Joint:
         self._expected[kind].clear()
         self._last.pop(kind, None)
         function = getattr(self.host, f"{kind}_function")
+        if function is None:  # no `fit` has made one: a loop of one's own, whose steps nobody sees
+            return
         if function is not self._guards.get(kind):
             self._guards[kind] = self._guard(kind, function)
             setattr(self.host, f"{kind}_function", self._guards[kind])

@@ -7,6 +7,7 @@ its own.
 
 import contextlib
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -40,9 +41,13 @@ class Observer(Protocol):
 
     Attributes:
         isolated: Whether it wants a forward pass of its own, at inference, before the host's step.
+        probed: The model whose calls it listens to, after `prepare`: the host, or one within it.
+        unpack: Takes a batch as the host's step does; returns (x, y, sample_weight).
     """
 
     isolated: bool
+    probed: keras.Model
+    unpack: Callable[[Any], tuple[Any, Any, Any]]
 
     def prepare(self, data_spec: Any) -> None:
         """Gets ready for batches of this spec; called before the first step of a fit."""
@@ -147,7 +152,8 @@ class Steps:
             return []
         for labels in labels_at_hand(self._host):
             for observer in fresh:
-                observer.check((None, part) for part in _in_parts(labels))
+                if observer.unpack is keras.utils.unpack_x_y_sample_weight:
+                    observer.check((None, part) for part in _in_parts(labels))
         return fresh
 
     def _shared(self, kind: Kind, observers: list[Observer], plain: Callable) -> Callable:
@@ -156,9 +162,15 @@ class Steps:
         host_step = getattr(host, f"{kind}_step")
 
         def step(data: Any) -> Any:
-            with record_calls(host, _layers(observers)) as recording:
+            with contextlib.ExitStack() as recorded:
+                recordings = {
+                    observer: recorded.enter_context(
+                        record_calls(observer.probed, observer.layers(), observer.unpack(data)[0])
+                    )
+                    for observer in observers
+                }
                 outputs = host_step(data)
-            for observer in observers:
+            for observer, recording in recordings.items():
                 observer.observe(kind, recording, data)
             return outputs
 
@@ -186,12 +198,17 @@ class Steps:
         """
         host = self._host
 
+        alike = defaultdict(list)  # one forward pass serves those that look at the same
+        for observer in observers:
+            alike[observer.probed, observer.unpack].append(observer)
+
         def look(data: Any) -> None:
-            x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-            with record_calls(host, _layers(observers)) as recording, keras.StatelessScope():
-                call_at_inference(host, x)
-            for observer in observers:
-                observer.observe(kind, recording, data)
+            for (probed, unpack), some in alike.items():
+                x, _, _ = unpack(data)
+                with record_calls(probed, _layers(some), x) as recording, keras.StatelessScope():
+                    call_at_inference(probed, x)
+                for observer in some:
+                    observer.observe(kind, recording, data)
 
         def look_everywhere(data: Any) -> None:
             host.distribute_strategy.run(look, (data,))

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import keras
@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from keras_probes.forward import ForwardPass
 from keras_probes.offline.store import DTYPES, FORMAT, ArrayName, FeatureStore
-from keras_probes.probes.targets import Target, resolve_targets
+from keras_probes.probes.targets import WRONG, Evidence, Target, resolve_targets
 from keras_probes.results.schema import versions
 from keras_probes.taps.batches import batches_of, examples_in
 from keras_probes.taps.plan import TapPlan, make_plan
@@ -43,6 +43,7 @@ def extract_features(
     reduce: Reduce = "auto",
     target: Any = None,
     num_classes: int | Mapping[str, int] | None = None,
+    sample_weight: Callable[[Any, Any, Any], Any] | None = None,
     class_names: list[str] | None = None,
     batch_size: int = 32,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
@@ -60,13 +61,15 @@ def extract_features(
         model: The host; it need not be compiled.
         data: (x, y) or (x, y, sample_weight) of arrays, a `tf.data.Dataset`, a `PyDataset`, a
             generator: whatever `fit` takes, and that ends. Its order must not change from one call
-            to the next.
+            to the next. Where the model's own `fit` preprocesses data, as KerasHub's tasks do, it
+            is done here as well.
         path: Directory of the store.
         layers: Where to look, as for `LinearProbeCallback`.
         reduce: What is kept of a layer's output, likewise.
         target: What the probes are to predict, likewise.
         num_classes: Number of classes, or a mapping from target names to it, where it can't be
             inferred.
+        sample_weight: The weights of examples, likewise.
         class_names: Names of the classes; by default those the data set knows.
         batch_size: Number of rows of a batch, for arrays.
         dtype: How features are kept. Halves take half the disk; float16 overflows past 65,504.
@@ -79,15 +82,20 @@ def extract_features(
         The store. With several workers, it is complete when the last one is done.
 
     Raises:
-        TypeError, ValueError: An argument does not fit the model or the data; labels are missing
-            or out of range; or the store at `path` is of something else.
+        TypeError, ValueError: An argument does not fit the model or the data; labels are none of
+            the classes; or the store at `path` is of something else.
         OSError: The disk is full. What is written stays, and the same call goes on from there.
     """
     _check(dtype, worker)
-    batches = batches_of(data, batch_size)
-    x_spec, y_spec, weight_spec = keras.utils.unpack_x_y_sample_weight(batches.spec)
+    batches = batches_of(data, batch_size, getattr(model, "preprocess_samples", None))
+    x_spec, y_spec, _ = keras.utils.unpack_x_y_sample_weight(batches.spec)
     plan = make_plan(model, x_spec, layers, reduce, seed)
-    targets = resolve_targets(target, num_classes, x_spec, y_spec, plan.graph.outputs)
+    class_names = class_names or getattr(data, "class_names", None)
+    if class_names and target is None and num_classes is None:
+        num_classes = len(class_names)
+    evidence = Evidence(plan.graph.outputs, getattr(model, "loss", None), _labels_at_hand(data))
+    targets = resolve_targets(target, num_classes, x_spec, y_spec, evidence, sample_weight)
+    forward = ForwardPass(plan, targets, batches.spec, dtype)
     iterator = iter(batches.dataset)
     first = next(iterator, None)
     if first is None:
@@ -100,20 +108,20 @@ def extract_features(
         "dtype": dtype,
         "taps": [dataclasses.asdict(tap) for tap in plan.tap_infos()],
         "graph": [dataclasses.asdict(node) for node in plan.nodes()],
+        "left_out": dict(plan.left_out),
         "reductions": {
             t.tap.name: keras.saving.serialize_keras_object(t.reduction) for t in plan.taps
         },
         "targets": [{"name": t.name, "num_classes": t.num_classes} for t in targets],
-        "weighted": weight_spec is not None,
+        "weighted": forward.weighted,
         "predicted": [t.name for t in targets if t.predictions(plan.graph.outputs) is not None],
-        "class_names": class_names or getattr(data, "class_names", None),
+        "class_names": class_names,
         "host": {"name": model.name, "class": type(model).__name__, "sha256": _sha256(model)},
         "first_example": _sha256_of_first(first),
         "versions": versions("zarr"),
     }
     # As it will be read back: JSON has lists for tuples.
     store = FeatureStore.create(path, json.loads(json.dumps(manifest)), _subsets(plan))
-    forward = ForwardPass(plan, targets, batches.spec, dtype)
     with _progress(batches.rows, verbose) as progress, _Writer(store, worker) as writer:
         for batch in itertools.chain([first], iterator):
             parts = forward(batch) if writer.wants(examples_in(batch)) else forward.labels(batch)
@@ -124,12 +132,22 @@ def extract_features(
 
 
 def _checked(parts: dict[ArrayName, tf.Tensor], targets: list[Target]) -> Rows:
-    """A batch's parts as NumPy has them, none of its labels missing."""
+    """A batch's parts as NumPy has them, each label a class or missing."""
     rows: Rows = {name: part.numpy() for name, part in parts.items()}
     for target in targets:
         labels = rows["labels", target.name]
-        target.refuse(int(np.count_nonzero(labels < 0)), len(labels))
+        target.refuse(int(np.count_nonzero(labels == WRONG)), len(labels))
     return rows
+
+
+def _labels_at_hand(data: Any) -> list[Any]:
+    """The labels of data that are arrays."""
+    if not isinstance(data, (tuple, list)):
+        return []
+    _, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+    arrays = keras.tree.flatten(y)
+    at_hand = arrays and all(hasattr(array, "__array__") for array in arrays)
+    return [keras.tree.map_structure(np.asarray, y)] if at_hand else []
 
 
 class _Writer:

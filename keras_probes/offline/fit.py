@@ -19,7 +19,7 @@ from keras_probes.offline.store import FeatureStore, StoredArray
 from keras_probes.probes.measures import METRICS, SUMS, batch_sums, guesses, measure
 from keras_probes.probes.path import PENALTIES, choose_penalty
 from keras_probes.probes.solver import Block, Fit, Problem, fit_softmax
-from keras_probes.probes.spread import inverse_spread
+from keras_probes.probes.spread import LARGEST, inverse_spread
 from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import Node, Probe, Row, versions
 
@@ -104,6 +104,7 @@ def fit_probes(
             "seed": seed,
         },
         versions={**store.versions, **versions()},
+        left_out=store.manifest.get("left_out"),
     )
     with tqdm(chosen, desc="fitting probes", unit=" taps", disable=not verbose) as progress:
         for tap in progress:
@@ -150,7 +151,9 @@ class _Rows:
     def host_error(self, target: str | None, labels: np.ndarray) -> float:
         """The host's own error on the split's labels; NaN if its predictions are not known."""
         predicted = self.store.predictions(target)
-        return math.nan if predicted is None else float(np.mean(predicted[self.places] != labels))
+        if predicted is None:
+            return math.nan
+        return float(np.mean((predicted[self.places] != labels)[labels >= 0]))
 
     def blocks(self, stored: StoredArray) -> Iterator[tuple[np.ndarray, slice]]:
         """Reads features, float32, and the place of each block among the split's rows.
@@ -246,7 +249,7 @@ class _Features:
         mean, scale = self.mean.astype("float32"), self.scale.astype("float32")
         for block, here in self.splits[split].blocks(self._stored[split]):
             if split not in self._checked:
-                self.finite[split][here] = np.isfinite(block).all(axis=1)
+                self.finite[split][here] = (np.abs(block) <= LARGEST).all(axis=1)
             finite = self.finite[split][here] > 0
             # In place: the block is ours, and copies would cost as much as the reading.
             block -= mean
@@ -261,7 +264,7 @@ class _Features:
         count, mean, squares = 0, np.zeros(()), np.zeros(())
         low, high = np.inf, -np.inf
         for raw, _ in self.splits["train"].blocks(self._stored["train"]):
-            block = raw[np.isfinite(raw).all(axis=1)].astype("float64")
+            block = raw[(np.abs(raw) <= LARGEST).all(axis=1)].astype("float64")
             if not len(block):
                 continue
             total = count + len(block)
@@ -328,6 +331,7 @@ class _TapFit:
             for split, rows in features.splits.items()
         }
         weights = self._weights["train"] * features.finite["train"]
+        weights = weights * (self._labels["train"] >= 0)
         self._seen = np.unique(self._labels["train"][weights > 0])
         self._check_classes()
         compact = np.searchsorted(self._seen, self._labels["train"])
@@ -359,7 +363,7 @@ class _TapFit:
         return fit_softmax(problem, row[chosen], start=start, tol=tol, max_passes=max_passes)
 
     def _measured(self, split: Split, weights: np.ndarray) -> dict[str, float]:
-        """Every metric of W over b on a split, and `n` and `nonfinite`."""
+        """Every metric of W over b on a split, and `n`, `nonfinite` and `unlabelled`."""
         kernel, bias = self._expanded(weights)
         kernel, bias = tf.constant(kernel, tf.float32), tf.constant(bias, tf.float32)
         totals = np.zeros(len(SUMS))
@@ -372,7 +376,7 @@ class _TapFit:
             sums = batch_sums(logits, labels, tf.constant(weights[here], tf.float32), finite)
             totals += sums.numpy()[0]
         sums = dict(zip(SUMS, totals.tolist(), strict=True))
-        counts = {"n": sums["count"], "nonfinite": sums["nonfinite"]}
+        counts = {"n": sums["count"], **{name: sums[name] for name in ("nonfinite", "unlabelled")}}
         return {**{metric: measure(metric, sums) for metric in METRICS}, **counts}
 
     def _expanded(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -417,6 +421,7 @@ class _TapFit:
                         value=value,
                         n=int(measures["n"]),
                         nonfinite=int(measures["nonfinite"]),
+                        unlabelled=int(measures["unlabelled"]),
                         certificate=float(self._fit.certificate[0]),
                         majority=majority,
                         chance=chance,
@@ -427,7 +432,8 @@ class _TapFit:
 
     def _counts(self, split: Split) -> np.ndarray:
         """Number of examples of each class."""
-        return np.bincount(self._labels[split], minlength=self._num_classes)
+        labels = self._labels[split]
+        return np.bincount(labels[labels >= 0], minlength=self._num_classes)
 
     def summary(self) -> str:
         """A line on the probe."""

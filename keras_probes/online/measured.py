@@ -75,6 +75,7 @@ def rows_of(
                     value=measure(metric, row),
                     n=int(row["count"]),
                     nonfinite=int(row["nonfinite"]),
+                    unlabelled=int(row["unlabelled"]),
                     certificate=measured.certificates.get((target, tap), math.nan),
                     majority=majority,
                     chance=chance,

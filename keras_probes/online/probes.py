@@ -8,19 +8,23 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.capture.keras_run import labels_at_hand
 from keras_probes.capture.steps import Kind, Part, has_own_step
 from keras_probes.online.measured import Measured
 from keras_probes.online.refit import Progress, Refitter, Snapshot, costs_of
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Sums, memory_of, parameters_of
 from keras_probes.probes.targets import (
+    MISSING,
+    WRONG,
+    Evidence,
     RandomLabels,
     Target,
     expected_classes,
@@ -29,10 +33,26 @@ from keras_probes.probes.targets import (
 )
 from keras_probes.results.schema import Refit, name_of_baseline
 from keras_probes.taps.batches import examples_in
-from keras_probes.taps.plan import TapPlan, make_plan
+from keras_probes.taps.plan import TapPlan, check_rows, make_plan
 from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
+from keras_probes.taps.rows import other_rows
 from keras_probes.taps.select import Selector
+from keras_probes.taps.within import probed_model
+
+_SEVERAL_VIEWS = (
+    "This step of the model computes another number of examples than there are labels. Use "
+    'mode="isolated", where probes have a forward pass of their own.'
+)
+_ROWS_UNKNOWN = (
+    "The model's own step calls it with something else than the x of its data. Eagerly it can't be "
+    "told whether that has the same examples in the same order, as labels need it. If not, use "
+    'mode="isolated".'
+)
+_NO_STEP = (
+    "No batch of this epoch reached the probes: the model's own train_function does not call its "
+    'train_step. Use mode="isolated".'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +65,13 @@ class Settings:
     num_classes: int | Mapping[str, int] | None
     optimizer: keras.optimizers.Optimizer | str | None
     isolated: bool
+    sample_weight: Callable[[Any, Any, Any], Any] | None
     every: int | str
     baselines: tuple[str, ...]
     seed: int
     refit: float
+    model: Any = None
+    unpack: int | Callable[[Any], Any] | None = None
 
     def described(self) -> dict[str, Any]:
         """What was asked for, as results keep it."""
@@ -60,8 +83,7 @@ class Settings:
 class OnlineProbes:
     """Probes that train on the batches of one host.
 
-    They are built in two steps: the taps once the host's input is known, the probes once the data
-    is, which tells what labels look like.
+    They are built once the data are known, which tell what inputs and labels look like.
 
     Args:
         host: The model.
@@ -69,13 +91,17 @@ class OnlineProbes:
 
     Attributes:
         memory_limit: Bytes all probes together may take.
+        probed: The model whose layers are looked at: the host, or one within it.
+        unpack: Takes a batch as the host's step does; returns (x, y, sample_weight).
     """
 
     memory_limit: int
+    probed: keras.Model
 
     def __init__(self, host: keras.Model, settings: Settings):
         self.host = host
         self.isolated = settings.isolated
+        self.unpack = _unpacking(settings.unpack)
         self.targets: list[Target] = []
         self._settings = settings
         self._plan: TapPlan | None = None
@@ -83,6 +109,7 @@ class OnlineProbes:
         self._model: keras.Model | None = None
         self._pending: Mapping[str, np.ndarray] | None = None  # to restore once built
         self._refitter = Refitter(settings.refit, settings.seed)
+        self._said: set[Target | str] = set()  # what was said once
         self._first_pass = True  # whether the probes had seen no example before this epoch
         self._steps_of_epoch: int | None = None  # number of steps of the epoch, where it is known
         self._step = 0  # the one of them that is running
@@ -128,17 +155,24 @@ class OnlineProbes:
             return self.targets[0].num_classes
         return {name: count for name, count in named.items() if name in asked}
 
-    def choose_taps(self, input_spec: Any) -> None:
-        """Looks at the host, once its input is known, and picks the taps.
+    def choose_taps(self, input_spec: Any = None) -> None:
+        """Looks at the host and picks the taps, unless the probes are there already.
+
+        Args:
+            input_spec: Structure of `tf.TensorSpec` of the x of the data; by default what the host
+                declares, which may leave sizes open that the data tell.
 
         Raises:
             TypeError, ValueError: What the user asked for does not fit the host.
         """
-        if self._plan is None:
-            wanted = self._settings
+        if self.built:
+            self.plan.check_sizes(input_spec)
+        else:
+            asked = self._settings
+            self.probed, prefix = probed_model(self.host, asked.model, asked.layers, input_spec)
             with self.host.distribute_strategy.scope():
                 self._plan = make_plan(
-                    self.host, input_spec, wanted.layers, wanted.reduce, wanted.seed
+                    self.probed, input_spec, asked.layers, asked.reduce, asked.seed, prefix
                 )
 
     def model(self) -> keras.Model:
@@ -162,8 +196,8 @@ class OnlineProbes:
         classes: Sequence[int | None] = [t.num_classes for t in self.targets]
         if not classes:
             asked = self._settings
-            known = expected_classes(asked.target, asked.num_classes, self.plan.graph.outputs)
-            classes = list(known.values())
+            known = expected_classes(asked.target, asked.num_classes, self._evidence())
+            classes = list(known.values()) * (1 + len(asked.baselines))
         counts = [count for count in classes if count is not None]
         if len(counts) < len(classes):
             raise ValueError(
@@ -190,12 +224,16 @@ class OnlineProbes:
             taps = ", ".join(f"{tap!r} ({reason})" for tap, reason in last.left_out.items())
             return f"Not refitted at the end of the last epoch: {taps}."
         share = f"for up to {self._settings.refit:g} of what the epoch costs, or two CPU seconds"
-        if last is None and not self.isolated and has_own_step(self.host):
+        if last is None and not self.isolated and self._has_own_step():
             return (
                 f"All probes are refitted at the end of each epoch, {share}, if the model's own "
                 "train_step calls it with x as it comes; else none is."
             )
         return f"All probes are refitted at the end of each epoch, {share}."
+
+    def _has_own_step(self) -> bool:
+        """Whether what is probed may be called with something else than x."""
+        return self.probed is not self.host or has_own_step(self.host)
 
     def begin_epoch(self, epoch: int, steps: int | None) -> None:
         """Starts the sums and the sample of an epoch of training.
@@ -270,10 +308,12 @@ class OnlineProbes:
     # What the joint calls: the protocol `capture.steps.Observer`.
 
     def prepare(self, data_spec: Any) -> None:
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(data_spec)
+        x, y, _ = self.unpack(data_spec)
         self.choose_taps(x)
         wanted = self._settings
-        targets = resolve_targets(wanted.target, wanted.num_classes, x, y, self.plan.graph.outputs)
+        targets = resolve_targets(
+            wanted.target, wanted.num_classes, x, y, self._evidence(), wanted.sample_weight
+        )
         controls = [
             Target(name_of_baseline("shuffled", t.name), RandomLabels(t.num_classes), t.num_classes)
             for t in targets
@@ -301,6 +341,12 @@ class OnlineProbes:
                 self.restore(self._pending)
                 self._pending = None
 
+    def _evidence(self) -> Evidence:
+        own = self.probed is self.host
+        loss = getattr(self.host, "loss", None) if own else None
+        labels = labels_at_hand(self.host) if self._settings.unpack is None else ()
+        return Evidence(self.plan.graph.outputs, loss, list(labels))
+
     def _add_snapshot(self, plan: TapPlan, targets: list[Target]) -> None:
         classes = {target.name: target.num_classes for target in targets}
         optimizer = own_optimizer(self._settings.optimizer)
@@ -308,19 +354,29 @@ class OnlineProbes:
         self._snapshots.append(Snapshot(plan, targets, probes))
 
     def check(self, batches: Iterable[Any]) -> None:
-        unlabelled: Counter[Target] = Counter()
-        total: Counter[Target] = Counter()
+        missing, wrong, total = (Counter[Target]() for _ in range(3))
+        examples: dict[Target, Any] = {}
         for data in batches:
-            x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+            x, y, _ = self.unpack(data)
+            if x is not None and not all(reduced.tap.by_example for reduced in self.plan.taps):
+                # Before the first step, since an optimised graph may fail elsewhere first.
+                self.plan.check_rows(self.plan.features_of(x), self.targets[0].labels(x, y))
             for target in self.targets:
                 if x is not None or not callable(target.select):
                     labels = target.labels(x, y)
-                    unlabelled[target] += int(tf.math.count_nonzero(labels < 0))
+                    missing[target] += int(tf.math.count_nonzero(labels == MISSING))
                     total[target] += len(labels)
+                    if tf.reduce_any(labels == WRONG):
+                        wrong[target] += int(tf.math.count_nonzero(labels == WRONG))
+                        examples[target] = target.raw(x, y)
         for target in self.targets:
-            target.refuse(unlabelled[target], total[target])
+            target.refuse(wrong[target], total[target], examples.get(target))
+            if missing[target]:
+                self._say(target, target.about(missing[target], total[target]))
 
     def keep(self, batches: Sequence[Any], spec: Any) -> None:
+        pack = keras.utils.pack_x_y_sample_weight
+        batches, spec = [pack(*self.unpack(batch)) for batch in batches], pack(*self.unpack(spec))
         if self._step == 0:
             self._every = self._resolved_every(batches)
         if self._refitter.wants(self._step):
@@ -336,19 +392,44 @@ class OnlineProbes:
         return self.plan.layers()
 
     def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if kind == "train" and not self.isolated:
-            self._refitter.takes_x = _takes_x(self.host, recording, x)
+        x, y, sample_weight = self.unpack(data)
+        if not self.isolated and not recording.on_x:
+            self._look_at_rows(kind, recording, x)
         for snapshot in self._snapshots:
             plan = snapshot.plan
             now = plan is self.plan
             features = plan.features(recording) if now else plan.features_of(x)
-            labels = {target.name: target.labels(x, y) for target in snapshot.targets}
+            pairs = {t.name: t.labels_and_weights(x, y, sample_weight) for t in snapshot.targets}
+            labels = {name: of_target for name, (of_target, _) in pairs.items()}
+            weights = {name: of_target for name, (_, of_target) in pairs.items()}
             for label in labels.values():
-                _check_rows(next(iter(features.values())), label)
-            weights = {t.name: t.weights(sample_weight, labels[t.name]) for t in snapshot.targets}
+                first = next(iter(features))
+                features[first] = check_rows(features[first], label, _SEVERAL_VIEWS)
+                features = plan.check_rows(features, label)
             step = snapshot.probes.test if kind == "test" else snapshot.probes.train
             step(features, labels, weights)
+
+    def _look_at_rows(self, kind: Kind, recording: Recording, x: Any) -> None:
+        """Refuses a step that reads other rows than those of x, as far as can be told."""
+        if kind == "train":
+            self._refitter.takes_x = not self._has_own_step()
+        sites = [reduced.tap.site for reduced in self.plan.taps]
+        tensors = recording.sources or [
+            recording.tensors[site] for site in sites if site in recording.tensors
+        ]
+        if tf.executing_eagerly():
+            self._say("rows", _ROWS_UNKNOWN)
+        elif tensors and (reason := other_rows(x, tensors)):
+            raise ValueError(
+                f"A step of the model {reason}, so that its features are not those of the labels' "
+                'examples. Use mode="isolated", where probes have a forward pass of their own.'
+            )
+
+    def _say(self, what: Target | str, message: str) -> None:
+        """Warns once."""
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(message, stacklevel=2)
 
     # What the callback asks for.
 
@@ -366,9 +447,6 @@ class OnlineProbes:
 
         Returns:
             What was measured.
-
-        Raises:
-            ValueError: Labels are out of range.
         """
         sums, refit = self.sums(kind), None
         examples = 0
@@ -376,7 +454,10 @@ class OnlineProbes:
             of_tap = next(iter(sums[target.name].values()))
             unlabelled = int(of_tap["unlabelled"])
             examples = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
-            target.refuse(unlabelled, examples)
+            if unlabelled:
+                self._say(target, target.about(unlabelled, examples))
+        if kind == "train" and not examples:
+            self._say("steps", _NO_STEP)
         if kind == "train":
             # Those of the steps in which the probes took part stand for the others.
             steps = self._step + 1
@@ -407,6 +488,15 @@ class OnlineProbes:
             )
 
 
+def _unpacking(select: int | Callable[[Any], Any] | None) -> Callable[[Any], tuple[Any, Any, Any]]:
+    unpack = keras.utils.unpack_x_y_sample_weight
+    if select is None:
+        return unpack
+    if callable(select):
+        return lambda data: unpack(select(data))
+    return lambda data: unpack(data[select])
+
+
 def _described(value: Any) -> Any:
     """A setting as JSON and TensorBoard take it: objects and functions by name."""
     if isinstance(value, (str, bool, int, float)) or value is None:
@@ -434,37 +524,6 @@ def _of_today(
         for name, variable in variables.items()
         if name.split("/")[-1] in new or "labels/" in name
     }
-
-
-def _takes_x(host: keras.Model, recording: Recording, x: Any) -> bool:
-    """Whether a step calls the host with the x of its data, and not with what it makes of it."""
-    given = tf.nest.flatten(x, expand_composites=True)
-    return not has_own_step(host) or all(
-        any(_is_same(source, part) for part in given) for source in recording.sources
-    )
-
-
-def _is_same(source: tf.Tensor, part: tf.Tensor) -> bool:
-    """Whether what a host gets is this part of x, or what Keras casts it to."""
-    if source is part or not part.dtype.is_floating:
-        return source is part
-    if tf.executing_eagerly():
-        same_shape = source.shape == part.shape
-        return same_shape and bool(tf.reduce_all(source == tf.cast(part, source.dtype)))
-    while source is not part and source.op.type == "Cast":
-        source = source.op.inputs[0]
-    return source is part
-
-
-def _check_rows(features: tf.Tensor, labels: tf.Tensor) -> None:
-    """A step that makes several views of its batch has more rows than labels."""
-    message = (
-        "This step of the model computes another number of examples than there are labels. Use "
-        'mode="isolated", where probes have a forward pass of their own.'
-    )
-    if not features.shape[:1].is_compatible_with(labels.shape[:1]):
-        raise ValueError(message)
-    tf.debugging.assert_equal(tf.shape(features)[0], tf.shape(labels)[0], message)
 
 
 def mebibytes(size: float) -> str:

@@ -66,7 +66,7 @@ class Standardize(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
-        return self.standardized([ops.stack(of_group) for of_group in inputs])
+        return self.standardized([ops.cast(ops.stack(of), "float32") for of in inputs])
 
     def standardized(self, x: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Features as z, both by group, shape (n_taps, batch, n_features)."""

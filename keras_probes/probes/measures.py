@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.probes.targets import MISSING, WRONG
+
 METRICS = ("error", "loss", "top5_error")
 # Bits a label: the loss before each update, over the first pass through the data, is how long a
 # code for the labels the probe makes while it learns (prequential; Blier & Ollivier 2018).
@@ -44,12 +46,12 @@ def guesses(metric: str, known: np.ndarray, counts: np.ndarray) -> tuple[float, 
 
     Returns:
         The metric of who always answers by how frequent the classes are, and of who does not know
-        even that; NaN where nothing is known.
+        even that, but which classes there are; NaN where nothing is known.
     """
     if metric == CODE_LENGTH:
         majority, chance = guesses("loss", known, counts)
         return majority / math.log(2), chance / math.log(2)
-    n, classes = counts.sum(), len(counts)
+    n, classes = counts.sum(), np.count_nonzero(known + counts)
     if not n or not known.sum():
         return math.nan, math.nan
     if metric == "loss":
@@ -68,12 +70,13 @@ def batch_sums(
 
     Args:
         logits: float32, shape (n_taps, batch, num_classes).
-        labels: int32, shape (batch,).
+        labels: int32, shape (batch,); an example with one below 0 is left out.
         weights: float32, shape (batch,).
         finite: float32, shape (n_taps, batch).
     """
     num_classes = logits.shape[-1]
     labelled = tf.cast(labels >= 0, tf.float32)
+    unlabelled = (labels == MISSING) | (labels == WRONG)
     counts, weight = finite * labelled, finite * labelled * weights
     is_label = tf.one_hot(labels, num_classes, dtype=tf.float32)
     of_label = tf.reduce_sum(logits * is_label, axis=-1, keepdims=True)
@@ -90,6 +93,6 @@ def batch_sums(
         weight,
         weight * loss,
         (1.0 - finite) * labelled,
-        tf.broadcast_to(1.0 - labelled, tf.shape(finite)),
+        tf.broadcast_to(tf.cast(unlabelled, tf.float32), tf.shape(finite)),
     ]
     return tf.reduce_sum(tf.cast(tf.stack(columns, axis=1), tf.float64), axis=2)

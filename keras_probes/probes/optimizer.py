@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-LEARNING_RATE = 0.15  # of Adam, on features of length 1
+LEARNING_RATE = 0.15  # on features of length 1
 
 
 def own_optimizer(
@@ -15,12 +15,18 @@ def own_optimizer(
 ) -> keras.optimizers.Optimizer:
     """Returns an optimizer for the probes alone: Adam by default, else a fresh copy.
 
+    One that is given by its name has the learning rate of the default.
+
     Raises:
         ValueError: It is neither an optimizer nor the name of one.
     """
     if optimizer is None:
         return keras.optimizers.Adam(LEARNING_RATE, name="probe_optimizer")
-    config: dict[str, Any] = {"class_name": optimizer, "config": {}}
+    # A name means the kind of steps; Keras's own rates are far too small for features of length 1.
+    config: dict[str, Any] = {
+        "class_name": optimizer,
+        "config": {"learning_rate": LEARNING_RATE},
+    }
     if isinstance(optimizer, keras.optimizers.Optimizer):
         config = keras.optimizers.serialize(optimizer)
     config["config"]["name"] = "probe_optimizer"  # a name of our own uses up no automatic one

@@ -20,6 +20,7 @@ from keras_probes.probes.heads import SAME, SoftmaxHeads, Standardize, averaging
 from keras_probes.probes.measures import SUMS, batch_sums
 from keras_probes.probes.refit import NARROW, refit
 from keras_probes.probes.replicas import sum_over_replicas
+from keras_probes.probes.spread import LARGEST
 
 # Numbers that the features of taps refitted side by side may have in all: beyond, a pass is worth
 # its calls, and probes that are done would be carried along.
@@ -127,10 +128,13 @@ class ProbeSet:
             heads = [group.heads[target] for group in self._groups]
             logits = [head.logits(of_group) for head, of_group in zip(heads, z, strict=True)]
             weight = finite * weights[target]
+            # As in the refit, where the mean is over weights, the penalty weighs as much as they.
+            batch_weight = sum_over_replicas(tf.reduce_sum(weights[target]))
+            penalty = tf.math.divide_no_nan(batch_weight, sum_over_replicas(batch))
             residual = residual_of(tf.concat(logits, axis=0), labels[target], weight)
             parts = tf.split(residual, [len(group.taps) for group in self._groups])
             for head, of_group, part in zip(heads, z, parts, strict=True):
-                gradients += head.gradients(of_group, part, self._penalty(head))
+                gradients += head.gradients(of_group, part, penalty * self._penalty(head))
         self.optimizer.apply(gradients, self._trainable())
         rate = averaging_rate(tf.convert_to_tensor(self._steps))
         for head in self._heads():
@@ -209,8 +213,7 @@ class ProbeSet:
 
     def _sampled(self, group: int, place: int, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Z of a tap, and which examples count, with statistics of the sample alone."""
-        # One such feature makes the mean another.
-        finite = tf.math.is_finite(tf.reduce_sum(x, axis=1))
+        finite = tf.reduce_all(tf.abs(x) <= LARGEST, axis=1)
         if not tf.reduce_all(finite):
             x = tf.where(finite[:, None], x, 0.0)
         finite = tf.cast(finite, tf.float32)
@@ -251,7 +254,7 @@ class ProbeSet:
         return [tf.stack([features[tap] for tap in group.taps]) for group in self._groups]
 
     def _finite(self, x: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Leaves out the examples that have a NaN or infinite feature at a tap.
+        """Leaves out the examples that have a NaN, infinite or enormous feature at a tap.
 
         Args:
             x: By group, float32, shape (n_taps, batch, n_features).
@@ -260,9 +263,8 @@ class ProbeSet:
             The same, with 0 in the place of these examples; and of all taps, float32, shape (taps,
             batch): 1 for the examples that count.
         """
-        # One such feature makes a sum another: that spares a look at each of them.
-        totals = [tf.reduce_sum(of_group, axis=2) for of_group in x]
-        finite = tf.math.is_finite(tf.concat(totals, axis=0))
+        usable = [tf.reduce_all(tf.abs(of_group) <= LARGEST, axis=2) for of_group in x]
+        finite = tf.concat(usable, axis=0)
         parts = tf.split(finite[..., None], [len(group.taps) for group in self._groups])
 
         def without() -> list[tf.Tensor]:

@@ -11,6 +11,7 @@ whichever is more. That leaves normally distributed features as they are, and no
 
 import tensorflow as tf
 
+LARGEST = 1e18  # of a feature that counts as finite: the square of more is none in float32
 REACH = 4.0  # standardised features stay within it where the statistics were taken
 
 

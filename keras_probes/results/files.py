@@ -51,6 +51,7 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
         "settings": results.settings,
         "versions": results.versions,
         "refits": [dataclasses.asdict(refit) for refit in results.refits],
+        "left_out": results.left_out,
     }
     write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
     kept = {file["name"] for file in files.values()}
@@ -89,6 +90,7 @@ def load(directory: str | os.PathLike) -> ProbeResults:
             settings=manifest["settings"],
             versions=manifest["versions"],
             refits=[Refit(**refit) for refit in manifest.get("refits", ())],
+            left_out=manifest.get("left_out"),
         )
     except FileNotFoundError as error:
         raise FileNotFoundError(

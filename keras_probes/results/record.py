@@ -43,6 +43,7 @@ class ProbeResults:
         settings: What was asked for, by name, as text, numbers and truth values.
         versions: Of the libraries that measured it.
         refits: How probes that train online were refitted, epoch by epoch.
+        left_out: By name, why what `layers=` picks otherwise is not probed.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ProbeResults:
         settings: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
         refits: Iterable[Refit] = (),
+        left_out: Mapping[str, str] | None = None,
     ):
         self.taps = list(taps)
         self.rows = list(rows)
@@ -65,6 +67,7 @@ class ProbeResults:
         self.settings = dict(settings or {})
         self.versions = dict(versions or {})
         self.refits = list(refits)
+        self.left_out = dict(left_out or {})
 
     def add(self, rows: Iterable[Row]) -> None:
         """Takes further measures into the record."""
@@ -79,7 +82,8 @@ class ProbeResults:
         Returns:
             A frame with the columns `epoch`, `step`, `split`, `target`, `tap`, `depth`, `metric`,
             `value`, `n`, `ci_low` and `ci_high` (95% Wilson interval of an error, NaN for a loss),
-            `nonfinite` (examples left out since a feature was NaN or infinite), `certificate`
+            `nonfinite` (examples left out since a feature was NaN or infinite), `unlabelled`
+            (those left out since their label is missing or is no class), `certificate`
             (nats the probe's training objective may be above its optimum, NaN if not known), and
             `majority` and `chance` (the same measure of who sees no feature, with and without
             knowing the class frequencies), and `host` (that of the host itself, NaN if it is not
@@ -125,6 +129,10 @@ class ProbeResults:
             ValueError: There are several targets and none is named, or nothing of this was
                 measured.
         """
+        if not self.rows:
+            raise ValueError(
+                "Nothing was measured: no epoch of `fit` has ended with these probes in it."
+            )
         name = self.resolve_target(target)
         rows = [
             row
@@ -176,7 +184,10 @@ class ProbeResults:
     def targets(self) -> list[str | None]:
         """The names of the targets, baselines left out; `[None]` of a single, unnamed one."""
         names = dict.fromkeys(row.target for row in self.rows)
-        others = {name_of_baseline(baseline, name) for name in names for baseline in BASELINES}
+        # A target of the user's may be called as a baseline that was not asked for.
+        asked = str(self.settings.get("baselines", "" if self.settings else BASELINES))
+        measured = [baseline for baseline in BASELINES if baseline in asked]
+        others = {name_of_baseline(baseline, name) for name in names for baseline in measured}
         return [name for name in names if name not in others]
 
     def resolve_target(self, target: str | None) -> str | None:
@@ -211,12 +222,12 @@ class ProbeResults:
             for each measured split its value and, for an error, `±95%`: half the width of its
             confidence interval. Where a callback had these `baselines=`, `initial` is the measure
             of probes of the model's first weights, and `selectivity` how much worse probes do on
-            random labels. `nonfinite` is there if examples had to be left out: their number
-            in the splits shown. Where it is known, `certificate` is how many nats the training
-            objective of the probes may be above its optimum, those of the last split shown;
-            `converged` is whether it is known to be within the tolerance. Probes of `fit_probes`
-            have their `l2` besides; those of a callback their `code_length` (prequential, in bits
-            a label).
+            random labels. `nonfinite` and `unlabelled` are there if examples had to be left out:
+            their number in the splits shown. Where it is known, `certificate` is how many nats the
+            training objective of the probes may be above its optimum, those of the last split
+            shown; `converged` is whether it is known to be within the tolerance. Probes of
+            `fit_probes` have their `l2` besides; those of a callback their `code_length`
+            (prequential, in bits a label).
 
         Raises:
             ValueError: There are several targets and none is named, or nothing of this metric,

@@ -27,6 +27,7 @@ COLUMNS = (
     "ci_low",
     "ci_high",
     "nonfinite",
+    "unlabelled",
     "certificate",
     "majority",
     "chance",
@@ -105,7 +106,8 @@ class Row:
             `"code_length"` (bits a label).
         value: The measure; NaN where no example could be measured.
         n: Number of examples it was measured on.
-        nonfinite: Number of examples left out since a feature was NaN or infinite.
+        nonfinite: Number of examples left out since a feature was NaN, infinite or above 1e18.
+        unlabelled: Number of examples left out since their label is missing or is no class.
         certificate: Upper bound on how far the training objective of the probe that was measured
             is above its optimum, in nats; NaN if none is known.
         majority: The measure of who sees no feature, and answers by the class frequencies of the
@@ -123,6 +125,7 @@ class Row:
     value: float
     n: int
     nonfinite: int = 0
+    unlabelled: int = 0
     certificate: float = math.nan
     majority: float = math.nan
     chance: float = math.nan

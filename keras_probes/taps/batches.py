@@ -8,9 +8,11 @@ Keras, and this is the only file that touches them.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters import get_data_adapter
 
@@ -32,7 +34,7 @@ class Batches:
     steps: int | None
 
 
-def batches_of(data: Any, batch_size: int) -> Batches:
+def batches_of(data: Any, batch_size: int, preprocess: Callable[..., Any] | None = None) -> Batches:
     """Reads data as `fit` would, without shuffling.
 
     Args:
@@ -40,6 +42,8 @@ def batches_of(data: Any, batch_size: int) -> Batches:
             `tf.data.Dataset`, `PyDataset`, generator or `DataLoader` that yields such tuples in
             batches.
         batch_size: Number of rows of a batch, for arrays; other data bring their own.
+        preprocess: What the host's own `fit` makes of each batch: takes x, y and sample_weight, as
+            the `preprocess_samples` of KerasHub's tasks. Lists of strings are taken for arrays.
 
     Raises:
         ValueError: The data are empty, endless, or of a kind that Keras does not take.
@@ -47,11 +51,18 @@ def batches_of(data: Any, batch_size: int) -> Batches:
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     if not isinstance(data, (tuple, list)):
         x, y, sample_weight = data, None, None
+    elif preprocess is not None:
+        # Keras's own adapter of arrays takes no strings.
+        arrays = keras.utils.pack_x_y_sample_weight(*map(_as_arrays, (x, y, sample_weight)))
+        x = tf.data.Dataset.from_tensor_slices(arrays).batch(batch_size)
+        y, sample_weight = None, None
     rows = _rows(x)
     if rows == 0:
         raise ValueError("The data are empty. Expected at least one example.")
     adapter = get_data_adapter(x, y, sample_weight=sample_weight, batch_size=batch_size)
     dataset = adapter.get_tf_dataset()
+    if preprocess is not None:
+        dataset = dataset.map(preprocess)
     if rows is not None:
         # Slices of arrays leave nothing to tune, and the tuner's thread takes five seconds to end.
         options = tf.data.Options()
@@ -80,6 +91,13 @@ def any_batch_size(spec: Any) -> Any:
 def examples_in(batch: Any) -> int:
     """Number of examples of a batch."""
     return int(tf.nest.flatten(batch)[0].shape[0])
+
+
+def _as_arrays(part: Any) -> Any:
+    """Lists as arrays, which `tf.data` would take for structures."""
+    if isinstance(part, Mapping):
+        return {name: _as_arrays(value) for name, value in part.items()}
+    return np.asarray(part) if isinstance(part, list) else part
 
 
 def _rows(x: Any) -> int | None:

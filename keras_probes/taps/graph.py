@@ -10,7 +10,7 @@ Functional, Sequential, nested and subclassed.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -20,7 +20,7 @@ from keras_probes.taps.record import Recording, Site, operations_of, record_call
 from keras_probes.taps.work import multiplications
 
 # Operations that read how large a tensor is, not what it holds: no path of data.
-_SHAPE_OPS = frozenset({"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"})
+SHAPE_OPS = frozenset({"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"})
 # The host is traced with this many examples, which tells its batch dimension from any other: no
 # layer is likely to be as wide, and a host may split its batch by every number up to 12.
 _BATCH = 27720
@@ -36,12 +36,16 @@ class Tap:
     """A named place in the host that a probe can read.
 
     Attributes:
-        name: Canonical name: `conv1`, `outer/inner`, `dense#1`, `lstm[1]`, `conv1:preactivation`.
+        name: Canonical name: `conv1`, `outer/inner`, `dense#1`, `lstm[1]`, `input[age]`,
+            `conv1:preactivation`.
         base_name: The name without which call and which output: `dense`, `lstm`.
         site: Where the tensor is seen while a step is traced.
         shape: Shape, the batch first, `None` where unknown; `None` if even the rank is unknown.
         dtype: Dtype of the host's tensor.
         depth: Number of layers on the longest path from the input to here; the input is at 0.
+        by_example: Whether it is known to have a row for each example. If not, as after
+            `TextVectorization` or a `numpy_function`, a step looks at how many rows there are.
+        unreadable: Why no linear probe can read it; empty if one can.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Tap:
     shape: tuple[int | None, ...] | None
     dtype: str
     depth: int
+    by_example: bool = True
+    unreadable: str = ""
 
     @property
     def layer_type(self) -> str:
@@ -64,8 +70,9 @@ class HostGraph:
     Attributes:
         taps: Every tensor a probe could read, in graph order.
         auto: Names of the cut points: the taps that every path from the input to an output runs
-            through, less those that only repeat another's values under a different shape. Along
-            them X -> Y -> Z is a Markov chain, which is what orders them (paper, section 3.1).
+            through, less those that repeat another's values in another shape, or in another scale
+            of each channel, as a BatchNormalization does. Along them X -> Y -> Z is a Markov chain,
+            which is what orders them (paper, section 3.1).
         distinct: Names of the input and the layer outputs, one for each tensor: a nested model's
             output is that of its last layer.
         same: By name of a tap, the first name of its tensor.
@@ -98,16 +105,50 @@ def input_spec_of(host: keras.Model) -> Any:
     )
 
 
-def trace(host: keras.Model, input_spec: Any) -> HostGraph:
+def merged(spec: Any, declared: Any) -> Any:
+    """The spec of data, with what the host declares where the data leave sizes open.
+
+    Args:
+        spec: Structure of `tf.TensorSpec` of the data.
+        declared: As of `input_spec_of`.
+    """
+
+    def both(of_data: Any, of_host: Any) -> Any:
+        specs = isinstance(of_data, tf.TensorSpec) and isinstance(of_host, tf.TensorSpec)
+        if not specs or not of_data.shape.is_compatible_with(of_host.shape):
+            return of_data  # a Functional host takes (batch, 28, 28) for (batch, 28, 28, 1), too
+        return tf.TensorSpec(of_data.shape.merge_with(of_host.shape), of_data.dtype)
+
+    try:
+        return keras.tree.map_structure(both, spec, declared)
+    except (TypeError, ValueError):  # a dict with more keys than the host has inputs, say
+        return spec
+
+
+def has_call(host: keras.Model) -> bool:
+    """Whether a host can be called; some have a `train_step` alone."""
+    return "call" in vars(host) or type(host).call is not keras.Model.call
+
+
+def trace(host: keras.Model, input_spec: Any, prefix: str = "") -> HostGraph:
     """Records one symbolic inference pass of `host`.
 
     Args:
         host: The model. One that is not built yet gets built, as its first step would do.
         input_spec: Structure of `tf.TensorSpec`, as the host is called with.
+        prefix: What the names of taps begin with: `"encoder/"`.
 
     Returns:
         The `HostGraph`.
+
+    Raises:
+        ValueError: The host has no `call`.
     """
+    if not has_call(host):
+        raise ValueError(
+            f"The model {host.name!r} has no `call`, so that there is no forward pass to probe. "
+            "Pass one of the networks within it instead, such as model.encoder."
+        )
     fixed = [i.shape[0] for i in getattr(host, "inputs", None) or () if i.shape[0] is not None]
 
     def sized(spec: Any, batch: int | None) -> Any:
@@ -133,10 +174,11 @@ def trace(host: keras.Model, input_spec: Any) -> HostGraph:
         traced(None)  # builds them, for any batch size
     batch = fixed[0] if fixed else _BATCH
     graph = traced(batch)
+    recording.paths = {site: prefix + path for site, path in recording.paths.items()}
     read = _read(graph, recording, outputs, batch, free=not fixed)
     # What loops compute has no static shape, but each weight is of use at least once.
     work = max(multiplications(graph.get_operations()) // batch, host.count_params())
-    unread = _unread(operations_of(host), recording)
+    unread = _unread(operations_of(host), recording, {tap.site.layer for tap in read.taps})
     return dataclasses.replace(read, unread=unread, work=work)
 
 
@@ -150,16 +192,14 @@ def call_at_inference(host: keras.Model, inputs: Any) -> Any:
 def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free: bool) -> HostGraph:
     flow = _Flow(graph, recording.sources, {id(mask) for mask in recording.masks})
     depths = flow.depths(recording.tensors.values())
-    dense = any(site.role == "input" for site in recording.tensors)
-    # A sparse or ragged input has no static number of rows.
-    rows: set[int | None] = {batch} if dense else {batch, None}
+    rows = {batch, None}  # what is not known while tracing, a step looks at
     seen = {
         site: tensor
         for site, tensor in recording.tensors.items()
         if id(tensor) in depths and _is_per_example(tensor, rows)
     }
     free_sizes: set[int | None] = rows if free else {None}
-    taps = tuple(_taps(seen, recording.paths, depths, free_sizes))
+    taps = tuple(_taps(seen, recording, depths, free_sizes))
     output_tensors = [t for t in keras.tree.flatten(outputs) if isinstance(t, tf.Tensor)]
     cuts = {cut for output in output_tensors for cut in flow.cut_points(output)}
 
@@ -179,8 +219,9 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free:
             continue
         if same[tap.name] == tap.name:
             distinct.add(tap.name)
-        if id(tensor) in cuts and _root(tensor) not in roots:
-            roots.add(_root(tensor))
+        root = _root(tensor, recording.repeats)
+        if id(tensor) in cuts and root not in roots:
+            roots.add(root)
             auto.add(tap.name)
     specs = keras.tree.map_structure(
         lambda t: tf.TensorSpec(_shape(t, free_sizes), t.dtype) if isinstance(t, tf.Tensor) else t,
@@ -192,20 +233,29 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free:
     )  # fmt: skip
 
 
-def _unread(operations: Iterable[keras.Operation], recording: Recording) -> dict[str, str]:
+def _unread(
+    operations: Iterable[keras.Operation], recording: Recording, tapped: Container[keras.Operation]
+) -> dict[str, str]:
     """The reason why a layer has no tap, by its name."""
-    seen = {site.layer for site in recording.tensors}
+    seen = {site.layer: tensor for site, tensor in recording.tensors.items()}
     unread = {}
     for layer in operations:
-        outer = recording.hidden.get(layer)
-        if layer in seen or isinstance(layer, keras.layers.InputLayer):
+        if layer in tapped or isinstance(layer, keras.layers.InputLayer):
             continue
-        if outer is not None:
-            unread[layer.name] = f"what it computes stays in a loop or branch of {outer.name!r}"
-            unread[layer.name] += "; probe that layer"
-        elif not recording.calls[layer]:
-            unread[layer.name] = "the model never calls it at inference"
+        if layer in seen:
+            unread[layer.name] = _why_no_tap(seen[layer])
+        else:
+            reason = "the model never calls it at inference"
+            unread[layer.name] = recording.unseen.get(layer, reason)
     return unread
+
+
+def _why_no_tap(tensor: tf.Tensor) -> str:
+    if not (tensor.dtype.is_floating or tensor.dtype.is_integer):
+        return f"its output is of dtype {tensor.dtype.name}, and not of numbers"
+    if tensor.shape.rank == 0:
+        return "its output is one number for all examples"
+    return "its output has no row for each example, or does not depend on the model's input"
 
 
 def _is_per_example(tensor: tf.Tensor, rows: set[int | None]) -> bool:
@@ -240,7 +290,7 @@ class _Flow:
 
     def _above(self, tensor: tf.Tensor) -> Iterator[tf.Tensor]:
         """The tensors whose values an operation's output depends on, shapes and masks apart."""
-        if tensor.op.type not in _SHAPE_OPS:
+        if tensor.op.type not in SHAPE_OPS:
             yield from (t for t in _inputs_of(tensor) if id(t) not in self._masks)
 
     def depths(self, recorded: Iterable[tf.Tensor]) -> dict[int, int]:
@@ -307,20 +357,24 @@ def _inputs_of(tensor: tf.Tensor) -> Sequence[tf.Tensor]:
     return tensor.op.inputs
 
 
-def _root(tensor: tf.Tensor) -> int:
-    """Identifies the tensor whose values `tensor` repeats, perhaps in another shape."""
-    while tensor.op.type in _SAME_VALUE_OPS:
-        tensor = _inputs_of(tensor)[0]
+def _root(tensor: tf.Tensor, repeats: Mapping[int, tf.Tensor]) -> int:
+    """Identifies the tensor whose values `tensor` repeats, perhaps in another shape or scale."""
+    while id(tensor) in repeats or tensor.op.type in _SAME_VALUE_OPS:
+        same = repeats.get(id(tensor))
+        tensor = _inputs_of(tensor)[0] if same is None else same
     return id(tensor)
 
 
 def _taps(
     tensors: dict[Site, tf.Tensor],
-    paths: dict[Site, str],
+    recording: Recording,
     depths: dict[int, int],
     free_sizes: set[int | None],
 ) -> Iterator[Tap]:
     """Names the recorded tensors: `#k` for repeated calls of a path, `[j]` for several outputs."""
+    paths = recording.paths
+    ids = {_root(tensor, {}) for tensor in recording.ids if isinstance(tensor, tf.Tensor)}
+    maps = {id(tensor) for tensor in recording.maps}
     calls: dict[tuple[str, bool], list[tuple[keras.Operation, int]]] = defaultdict(list)
     indices: dict[tuple[keras.Operation, str, int], set[int]] = defaultdict(set)
     for site in tensors:
@@ -334,7 +388,12 @@ def _taps(
         several = len(indices[site.layer, site.role, site.call]) > 1 or site.index > 0
         suffix = ":preactivation" if site.role == "preactivation" else ""
         which_call = f"#{same_path.index((site.layer, site.call))}" if len(same_path) > 1 else ""
-        which_output = f"[{site.index}]" if several else ""
+        which_output = f"[{recording.keys[site]}]" if several else ""
+        unreadable = ""
+        if tensor.dtype.is_integer and _root(tensor, {}) in ids:
+            unreadable = "token ids, which stand for things and are no amounts"
+        elif id(tensor) in maps:
+            unreadable = "an attention map"
         yield Tap(
             name=paths[site] + which_call + which_output + suffix,
             base_name=paths[site] + suffix,
@@ -342,4 +401,6 @@ def _taps(
             shape=_shape(tensor, free_sizes),
             dtype=tensor.dtype.name,
             depth=depths[id(tensor)],
+            by_example=tensor.shape.rank is not None and tensor.shape[0] is not None,
+            unreadable=unreadable,
         )

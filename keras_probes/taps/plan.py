@@ -6,17 +6,34 @@ are recorded while the host runs into features. Online and offline probes share 
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_probes.results.schema import Node, TapInfo
-from keras_probes.taps.graph import HostGraph, Tap, call_at_inference, trace
+from keras_probes.taps.batches import any_batch_size
+from keras_probes.taps.graph import (
+    HostGraph,
+    Tap,
+    call_at_inference,
+    input_spec_of,
+    merged,
+    trace,
+)
 from keras_probes.taps.record import Recording, record_calls
-from keras_probes.taps.reduce import Reduce, StopGradient, reduction_for
+from keras_probes.taps.reduce import (
+    GlobalAverage,
+    Reduce,
+    StopGradient,
+    Token,
+    UnknownSizeError,
+    reduction_for,
+)
 from keras_probes.taps.select import Selector, glob_match, nearest, select
+
+_INSTEAD = 'Use mode="isolated", where probes have a forward pass of their own.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +52,30 @@ class ReducedTap:
     reduction: keras.layers.Layer
     n_features: int
 
-    def features(self, activation: tf.Tensor) -> tf.Tensor:
-        """Float32, shape (batch, n_features), from the host's tensor (batch, ...)."""
-        return self.reduction(self.stop_gradient(activation))
+    @property
+    def sizes(self) -> tuple[int | None, ...] | None:
+        """Those of the host's tensor, the batch apart, if the reduction needs them as they are."""
+        sizes = (self.tap.shape or (None,))[1:]
+        free = None in sizes or isinstance(self.reduction, (GlobalAverage, Token))
+        return None if free else sizes
+
+    def features(self, activation: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
+        """Float32, shape (batch, n_features), from the host's tensor (batch, ...).
+
+        Args:
+            activation: The host's tensor.
+            mask: Which of its steps count, bool, shape (batch, steps).
+        """
+        if not isinstance(activation, tf.Tensor):  # while the sibling model is made
+            return self.reduction(self.stop_gradient(activation))
+        if self.sizes is not None and not activation.shape.is_fully_defined():
+            # What is known of it while tracing may be too little for the reduction.
+            activation = tf.ensure_shape(activation, (activation.shape[0], *self.sizes))
+        stopped = self.stop_gradient(activation)
+        if mask is not None:
+            stopped._keras_mask = mask
+        # A Keras layer as reduction follows the global dtype policy.
+        return tf.cast(self.reduction(stopped), tf.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +85,20 @@ class TapPlan:
     Attributes:
         host: The model.
         graph: What the host computes.
+        input_spec: Structure of `tf.TensorSpec` that the host was traced with.
         taps: The chosen taps, each with its reduction.
+        prefix: What the names of taps begin with.
+        left_out: By name, why what `layers=` picks otherwise is not probed.
         other_weights: Variables that `features_of` takes in place of those of the host, by pairs:
             (the host's, the other).
     """
 
     host: keras.Model
     graph: HostGraph
+    input_spec: Any
     taps: tuple[ReducedTap, ...]
+    prefix: str = ""
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     other_weights: tuple[tuple[keras.Variable, keras.Variable], ...] = ()
 
     @property
@@ -110,22 +154,73 @@ class TapPlan:
             ValueError: The host did not compute one of the taps, or called its layer more or less
                 often than at inference, so that it can't be told which call is meant.
         """
+        times = recording.calls[self.host] or 1  # or its layers alone are called
         for reduced in self.taps:
             tap = reduced.tap
             if tap.site not in recording.tensors:
                 raise ValueError(
                     f"This step of the model does not compute tap {tap.name!r}, which its `call` "
-                    "at inference does. Leave it out of `layers`."
+                    f"at inference does. {_INSTEAD}"
                 )
             called = recording.calls[tap.site.layer]
-            expected = self.graph.calls[tap.site.layer] * recording.calls[self.host]
-            if recording.calls[self.host] and called != expected:
+            expected = self.graph.calls[tap.site.layer] * times
+            if called != expected:
                 raise ValueError(
                     f"The layer of tap {tap.name!r} is called {called} times in this step and "
                     f"{expected} times at inference, so that it can't be told which call to probe. "
-                    'Use mode="isolated", or leave it out of `layers`.'
+                    f"{_INSTEAD}"
                 )
-        return {t.tap.name: t.features(recording.tensors[t.tap.site]) for t in self.taps}
+        tensors = {t.tap.name: recording.tensors[t.tap.site] for t in self.taps}
+        return {
+            t.tap.name: t.features(tensors[t.tap.name], recording.mask(tensors[t.tap.name]))
+            for t in self.taps
+        }
+
+    def check_rows(
+        self, features: Mapping[str, tf.Tensor], labels: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Looks at taps of which it was not known that they have a row for each example.
+
+        Args:
+            features: As `features` returns them.
+            labels: A label for each example, shape (batch,).
+
+        Returns:
+            The features, to be used in place of those given: what is computed of them waits for it.
+
+        Raises:
+            ValueError, InvalidArgumentError: One has another number of rows.
+        """
+        checked = dict(features)
+        for name in (t.tap.name for t in self.taps if not t.tap.by_example):
+            message = (
+                f"Tap {name!r} has no row for each example. Leave it out with layers=[..., "
+                f'"!{name}"].'
+            )
+            checked[name] = check_rows(features[name], labels, message)
+        return checked
+
+    def check_sizes(self, input_spec: Any) -> None:
+        """Looks whether the taps come in the same sizes from other data.
+
+        Args:
+            input_spec: Structure of `tf.TensorSpec` of the x of these data.
+
+        Raises:
+            ValueError: One that needs them does not.
+        """
+        spec = merged(any_batch_size(input_spec), input_spec_of(self.host))
+        if spec == self.input_spec:
+            return
+        found = {tap.name: tap.shape for tap in trace(self.host, spec, self.prefix).taps}
+        for reduced in self.taps:
+            name, shape = reduced.tap.name, found.get(reduced.tap.name)
+            if reduced.sizes is not None and shape is not None and shape[1:] != reduced.sizes:
+                raise ValueError(
+                    f"The probe of tap {name!r} was built for the shape {(None, *reduced.sizes)}. "
+                    f"Received: {shape}. Give data of that size, or average over the sizes that "
+                    'change with reduce="gap".'
+                )
 
     def features_of(self, x: Any) -> dict[str, tf.Tensor]:
         """The features of each tap at inference, as `run` says."""
@@ -164,17 +259,33 @@ class TapPlan:
         }
 
 
+def check_rows(features: tf.Tensor, labels: tf.Tensor, message: str) -> tf.Tensor:
+    """Returns the features; raises an error unless there are as many rows as labels."""
+    if not features.shape[:1].is_compatible_with(labels.shape[:1]):
+        raise ValueError(message)
+    rows = tf.shape(features)[0], tf.shape(labels)[0]
+    with tf.control_dependencies([tf.debugging.assert_equal(*rows, message)]):
+        return tf.identity(features)
+
+
 def make_plan(
-    host: keras.Model, input_spec: Any, layers: Selector, reduce: Reduce, seed: int
+    host: keras.Model,
+    input_spec: Any,
+    layers: Selector,
+    reduce: Reduce,
+    seed: int,
+    prefix: str = "",
 ) -> TapPlan:
     """Chooses the taps of a host and how features are made of them.
 
     Args:
         host: The model; one that is not built yet gets built, as its first step would do.
-        input_spec: Structure of `tf.TensorSpec` the host is called with.
+        input_spec: Structure of `tf.TensorSpec` of the x of the data; `None` for what the host
+            declares, which may leave sizes open that the data tell.
         layers: Where to look, as `LinearProbeCallback` takes it.
         reduce: How features are made, likewise.
         seed: Seed of random feature subsets.
+        prefix: What the names of taps begin with.
 
     Returns:
         The `TapPlan`.
@@ -183,26 +294,40 @@ def make_plan(
         TypeError, ValueError: A selector or reduction is unknown, matches nothing or is
             ambiguous, or a tap's static shape is not enough.
     """
-    graph = trace(host, input_spec)
-    taps = select(graph, layers)
-    _check_globs(taps, reduce)
-    reduced = []
-    for place, tap in enumerate(taps):
-        # Every layer gets a name, so that no automatic name is used up.
-        reduction = reduction_for(tap, reduce, seed=seed, name=_layer_name("reduce", place, tap))
-        stop_gradient = StopGradient(name=_layer_name("stop_gradient", place, tap))
-        n_features = reduction.compute_output_shape(tap.shape)[1]
-        reduction.build(tap.shape)
-        if reduction.trainable_weights:
-            raise ValueError(
-                f"Expected a reduction without trainable weights, since nothing would train them. "
-                f"Received: {type(reduction).__name__} for tap {tap.name!r}."
-            )
-        reduced.append(ReducedTap(tap, stop_gradient, reduction, n_features))
-    return TapPlan(host, graph, tuple(reduced))
+    declared = input_spec_of(host)
+    spec = declared if input_spec is None else merged(any_batch_size(input_spec), declared)
+    graph = trace(host, spec, prefix)
+    selected = select(graph, layers)
+    _check_globs(selected.taps, reduce)
+    reduced, left_out = [], dict(selected.left_out)
+    for place, tap in enumerate(selected.taps):
+        try:
+            reduced.append(_reduced(place, tap, reduce, seed))
+        except UnknownSizeError:
+            if tap.name in selected.named:
+                raise
+            left_out[tap.name] = "its sizes differ from batch to batch"
+    if not reduced:
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"`layers` picks nothing that can be probed. {reasons}")
+    return TapPlan(host, graph, spec, tuple(reduced), prefix, left_out)
 
 
-def _check_globs(taps: list[Tap], reduce: Reduce) -> None:
+def _reduced(place: int, tap: Tap, reduce: Reduce, seed: int) -> ReducedTap:
+    # Every layer gets a name, so that no automatic name is used up.
+    reduction = reduction_for(tap, reduce, seed=seed, name=_layer_name("reduce", place, tap))
+    stop_gradient = StopGradient(name=_layer_name("stop_gradient", place, tap))
+    n_features = reduction.compute_output_shape(tap.shape)[1]
+    reduction.build(tap.shape)
+    if reduction.trainable_weights:
+        raise ValueError(
+            f"Expected a reduction without trainable weights, since nothing would train them. "
+            f"Received: {type(reduction).__name__} for tap {tap.name!r}."
+        )
+    return ReducedTap(tap, stop_gradient, reduction, n_features)
+
+
+def _check_globs(taps: Iterable[Tap], reduce: Reduce) -> None:
     names = [tap.name for tap in taps]
     for glob in reduce if isinstance(reduce, Mapping) else ():
         if not any(glob_match(name, glob) for name in names):

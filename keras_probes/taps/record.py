@@ -12,13 +12,27 @@ import contextlib
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import keras
 import tensorflow as tf
 
 Role = Literal["input", "preactivation", "output"]
+
+# Layers that take whole numbers as names of things, not as amounts.
+_OF_IDS = (
+    keras.layers.Embedding,
+    keras.layers.CategoryEncoding,
+    keras.layers.Hashing,
+    keras.layers.IntegerLookup,
+)
+# Layers that scale and shift each channel at inference: to a linear probe, their input once more.
+_AFFINE = (
+    keras.layers.BatchNormalization,
+    keras.layers.Normalization,
+    keras.layers.Rescaling,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +60,47 @@ class Recording:
         tensors: The tensor at each site.
         paths: The names of the layers being called around each site and its own, joined by `/`;
             the host's own name is left out.
+        keys: What a tensor is called among several at one site: its key in a dict, or its place.
         sources: The host's input, a sparse or ragged one by its parts.
+        on_x: Whether that is the x of the data, as it is or as Keras casts it.
         masks: What was handed to layers as a mask.
-        calls: How often each layer was called within the host's own call, and the host itself.
-        hidden: Layers whose outputs exist only within another's loop or branch, with that layer.
+        mask_of: By the id of a tensor, the mask that it had when a layer took it; attention takes
+            masks off.
+        ids: What was handed to layers that look it up, as token ids are.
+        maps: Attention maps: how much each step attends to each other one.
+        repeats: By the id of a tensor, the one that it is but for the scale of its channels.
+        calls: How often each layer was called, and the host itself.
+        unseen: Layers that were called and whose outputs can't be used, with the reason.
 
     What a step calls besides the host (a layer on generated images, what is recomputed for the
-    gradient) is left out, unless it does not call the host at all.
+    gradient) is left out, unless it does not call the host at all. So are calls of the host before
+    the first one on x, if there is such a call.
     """
 
     tensors: dict[Site, tf.Tensor] = dataclasses.field(default_factory=dict)
     paths: dict[Site, str] = dataclasses.field(default_factory=dict)
+    keys: dict[Site, str] = dataclasses.field(default_factory=dict)
     sources: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    on_x: bool = False
     masks: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    mask_of: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
+    ids: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    maps: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    repeats: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
     calls: Counter[keras.Operation] = dataclasses.field(default_factory=Counter)
-    hidden: dict[keras.Operation, keras.Operation] = dataclasses.field(default_factory=dict)
+    unseen: dict[keras.Operation, str] = dataclasses.field(default_factory=dict)
+
+    def mask(self, tensor: tf.Tensor) -> tf.Tensor | None:
+        """The mask of a tensor's steps: its own, or that of others with as many steps.
+
+        Layers that know of no masks lose them on the way; padding stays padding.
+        """
+        own = getattr(tensor, "_keras_mask", None)
+        if own is not None:
+            return own
+        known = self.mask_of.get(id(tensor), next(iter(self.mask_of.values()), None))
+        steps = tensor.shape[1] if (tensor.shape.rank or 0) > 2 else None
+        return known if known is not None and steps == known.shape[1] is not None else None
 
 
 def operations_of(host: keras.Model) -> list[keras.Operation]:
@@ -74,7 +114,9 @@ def operations_of(host: keras.Model) -> list[keras.Operation]:
 
 
 @contextlib.contextmanager
-def record_calls(host: keras.Model, layers: Iterable[keras.Operation]) -> Iterator[Recording]:
+def record_calls(
+    host: keras.Model, layers: Iterable[keras.Operation], x: Any = None
+) -> Iterator[Recording]:
     """Records the tensors of `layers` while `host` is called in the body of the `with`.
 
     Replicas run a step in threads of their own, one within the other's: each records its own calls.
@@ -84,11 +126,12 @@ def record_calls(host: keras.Model, layers: Iterable[keras.Operation]) -> Iterat
     Args:
         host: The host; its own input is recorded too where it is among `layers`.
         layers: The layers and operations to listen to.
+        x: That of the data of a step.
 
     Yields:
         The `Recording`, filled as the calls happen.
     """
-    recorder = _Recorder(host)
+    recorder = _Recorder(host, tf.nest.flatten(x, expand_composites=True))
     with contextlib.ExitStack() as restored:
         for layer in layers:
             # What Keras calls a layer of int8 weights by.
@@ -136,11 +179,11 @@ def _heard(layer: keras.Operation, attribute: str, around: Callable) -> Iterator
 
 
 class _Recorder:
-    def __init__(self, host: keras.Model):
+    def __init__(self, host: keras.Model, given: list[Any]):
         self.recording = Recording()
         self._host = host
+        self._given = [part for part in given if isinstance(part, tf.Tensor)]
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        self._calls: Counter[keras.Operation] = Counter()  # of those that count
         self._stack: list[keras.Operation] = []
         self._in_host = False
 
@@ -148,41 +191,64 @@ class _Recorder:
         def call(*args: Any, **kwargs: Any) -> Any:
             if layer is self._host:
                 inputs = args[0] if args else next(iter(kwargs.values()))
-                return self._call_host(_in_order(layer, inputs), lambda: original(*args, **kwargs))
+                return self._call_host(*_in_order(layer, inputs), lambda: original(*args, **kwargs))
             masks = [value for name, value in kwargs.items() if name.endswith("mask")]
             self.recording.masks += keras.tree.flatten(masks)
+            for tensor in keras.tree.flatten((args, kwargs)):
+                mask = getattr(tensor, "_keras_mask", None)
+                if mask is not None and self._counts(tensor):
+                    self.recording.mask_of.setdefault(id(tensor), mask)
             self._stack.append(layer)
             try:
                 outputs = original(*args, **kwargs)
                 usable = self._add(layer, "output", outputs)
-                self._calls[layer] += usable
-                self.recording.calls[layer] += usable and self._in_host
-                if not usable and len(self._stack) > 1:
-                    self.recording.hidden[layer] = self._stack[-2]
+                self.recording.calls[layer] += usable
+                if not usable:
+                    self.recording.unseen[layer] = self._why_unseen(outputs)
+                self._describe(layer, args, outputs)
             finally:
                 self._stack.pop()
             return outputs
 
         return call
 
-    def _call_host(self, inputs: list, call: Callable[[], Any]) -> Any:
+    def _call_host(self, inputs: list, keys: list[str], call: Callable[[], Any]) -> Any:
         parts = tf.nest.flatten(inputs, expand_composites=True)
         parts = [part for part in parts if isinstance(part, tf.Tensor) and self._is_here(part)]
         if self._in_host or not parts:
             return call()
-        if not self.recording.calls[self._host]:  # what was called before it was not the host's
+        on_x = all(any(_is_same(part, given) for given in self._given) for part in parts)
+        # What was called before was not the host, or not on the data.
+        if not self.recording.calls[self._host] or (on_x and not self.recording.on_x):
             self.recording.tensors.clear()
             self.recording.paths.clear()
-            self._calls.clear()
-            self.recording.sources = parts
+            self.recording.calls.clear()
+            self.recording.mask_of.clear()
+            self.recording.sources, self.recording.on_x = parts, on_x
         self._in_host = True
-        self._add(self._host, "input", inputs)
-        self._calls[self._host] += 1
+        self._add(self._host, "input", inputs, keys)
         self.recording.calls[self._host] += 1
         try:
             return call()
         finally:
             self._in_host = False
+
+    def _why_unseen(self, outputs: Any) -> str:
+        if not any(isinstance(tensor, tf.Tensor) for tensor in keras.tree.flatten(outputs)):
+            return f"it returns {type(outputs).__name__}, in which no tensor can be found"
+        outer = self._stack[-2].name if len(self._stack) > 1 else self._host.name
+        return f"what it computes stays in a loop or branch of {outer!r}; probe that layer"
+
+    def _describe(self, layer: keras.Operation, args: tuple, outputs: Any) -> None:
+        """Notes what kind of tensors a layer takes and returns."""
+        if isinstance(layer, _OF_IDS):
+            self.recording.ids += keras.tree.flatten(args)
+        single = len(args) > 0 and isinstance(args[0], tf.Tensor) and isinstance(outputs, tf.Tensor)
+        if isinstance(layer, _AFFINE) and single:
+            self.recording.repeats[id(outputs)] = args[0]
+        inner = len(self._stack) > 1 and not isinstance(self._stack[-2], keras.Model)
+        if isinstance(layer, keras.layers.Softmax) and inner and single and outputs.shape.rank == 4:
+            self.recording.maps.append(outputs)
 
     def around_activation(self, layer: keras.Operation, original: Callable) -> Callable:
         def activation(inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -191,9 +257,16 @@ class _Recorder:
 
         return activation
 
-    def _add(self, layer: keras.Operation, role: Role, structure: Any) -> bool:
+    def _add(
+        self,
+        layer: keras.Operation,
+        role: Role,
+        structure: Any,
+        keys: list[str] | None = None,
+    ) -> bool:
         """Records the tensors of `structure`; whether it held any of this graph."""
         seen = False
+        keys = keys or _keys(structure)
         path = "/".join(outer.name for outer in self._stack) or role
         # A recurrent layer calls its cell once outside the loop, to learn its output's shape.
         if any(isinstance(outer, keras.layers.RNN) and outer is not layer for outer in self._stack):
@@ -201,9 +274,10 @@ class _Recorder:
         for index, tensor in enumerate(keras.tree.flatten(structure)):
             if isinstance(tensor, tf.Tensor) and self._counts(tensor):
                 seen = True
-                site = Site(layer, role, self._calls[layer], index)
+                site = Site(layer, role, self.recording.calls[layer], index)
                 self.recording.tensors.setdefault(site, tensor)
                 self.recording.paths.setdefault(site, path)
+                self.recording.keys.setdefault(site, keys[index])
         return seen
 
     def _counts(self, tensor: tf.Tensor) -> bool:
@@ -214,8 +288,27 @@ class _Recorder:
         return self._graph is None or getattr(tensor, "graph", None) is self._graph
 
 
-def _in_order(host: keras.Model, inputs: Any) -> list:
-    """The tensors of a host's input in the order of its own inputs.
+def _is_same(tensor: tf.Tensor, given: tf.Tensor) -> bool:
+    """Whether a tensor is the one that is given, or what Keras casts it to."""
+    if tensor is given or not given.dtype.is_floating:
+        return tensor is given
+    if tf.executing_eagerly():
+        same_shape = tensor.shape == given.shape
+        return same_shape and bool(tf.reduce_all(tensor == tf.cast(given, tensor.dtype)))
+    while tensor is not given and tensor.op.type == "Cast":
+        tensor = tensor.op.inputs[0]
+    return tensor is given
+
+
+def _keys(structure: Any) -> list[str]:
+    """What the tensors of a structure are called: by their keys in a dict, else by their places."""
+    places = range(len(keras.tree.flatten(structure)))
+    by_key = isinstance(structure, Mapping) and len(structure) == len(places)
+    return [str(key) for key in (sorted(structure) if by_key else places)]
+
+
+def _in_order(host: keras.Model, inputs: Any) -> tuple[list, list[str]]:
+    """The tensors of a host's input in the order of its own inputs, and their names.
 
     A dict is matched by name, as a Functional model does: its keys may come in another order than
     the model's inputs, and there may be more of them.
@@ -225,5 +318,5 @@ def _in_order(host: keras.Model, inputs: Any) -> list:
         structure = host.input
         names = sorted(structure) if isinstance(structure, dict) else [t.name for t in own]
         if all(name in inputs for name in names):
-            return [inputs[name] for name in names]
-    return keras.tree.flatten(inputs)
+            return [inputs[name] for name in names], names
+    return keras.tree.flatten(inputs), _keys(inputs)

@@ -21,6 +21,10 @@ AUTO_FEATURES = 1000  # at most this many a tap by default; what the paper takes
 Reduce: TypeAlias = str | keras.layers.Layer | Mapping[str, "str | keras.layers.Layer"]
 
 
+class UnknownSizeError(ValueError):
+    """A tap's sizes differ from batch to batch, and its reduction needs them."""
+
+
 @keras.saving.register_keras_serializable(package="keras_probes")
 class StopGradient(keras.layers.Layer):
     """Identity that no gradient passes: the diode of the paper's appendix A."""
@@ -301,7 +305,8 @@ def reduction_for(tap: Tap, reduce: Reduce, *, seed: int, name: str) -> keras.la
 
     Args:
         tap: The tap; its shape decides what `"auto"` does.
-        reduce: `"auto"` (flatten up to 1,000 features, else a random 1,000 of them), `"gap"`,
+        reduce: `"auto"` (averages over the steps of a sequence, by its mask, and where a size is
+            unknown; else all features up to 1,000, or a random 1,000 of them), `"gap"`,
             `"random"`, `"flatten"`, a Keras layer, or a mapping from globs over tap names to
             these; the first glob that fits decides, and a tap that fits none is left to `"auto"`.
         seed: Seed of random subsets: the same places of every tap of one size.
@@ -311,7 +316,8 @@ def reduction_for(tap: Tap, reduce: Reduce, *, seed: int, name: str) -> keras.la
         A fresh Keras layer, (batch, ...) -> float32 (batch, n_features).
 
     Raises:
-        ValueError: Unknown reduction, or the tap's static shape is not enough for it.
+        UnknownSizeError: The tap's sizes are not known well enough for it.
+        ValueError: Unknown reduction, or it does not fit the tap.
         TypeError: `reduce` has none of these forms.
     """
     if isinstance(reduce, Mapping):
@@ -331,11 +337,9 @@ def reduction_for(tap: Tap, reduce: Reduce, *, seed: int, name: str) -> keras.la
 
 
 def _by_name(tap: Tap, kind: str, seed: int, name: str) -> keras.layers.Layer:
-    if kind in ("auto", "random"):
-        # Where everything is kept anyway, a subset is only a slower Flatten.
-        small = kind == "auto" and _is_static(tap) and _size(tap.shape) <= AUTO_FEATURES
-        if small:
-            return Flatten(name=name)
+    if kind == "auto":
+        kind = _best_for(tap)
+    if kind == "random":
         return RandomFeatures(seed=seed, name=name)
     if kind == "flatten":
         return Flatten(name=name)
@@ -346,6 +350,16 @@ def _by_name(tap: Tap, kind: str, seed: int, name: str) -> keras.layers.Layer:
         f"mapping from globs to these. Received: reduce={kind!r}. "
         + nearest(kind, ["auto", "gap", "random", "flatten"])
     )
+
+
+def _best_for(tap: Tap) -> str:
+    """What `"auto"` does: averages of sequences and of unknown sizes; else places, all or some."""
+    # Which of a padded sequence's steps holds what differs from example to example. Of the model's
+    # own input nobody says whether an axis is time: it may be the rows of an image.
+    is_sequence = tap.shape is not None and len(tap.shape) == 3 and tap.site.role != "input"
+    if is_sequence or not _is_static(tap):
+        return "gap"
+    return "flatten" if _size(tap.shape) <= AUTO_FEATURES else "random"
 
 
 def _named_copy(tap: Tap, layer: keras.layers.Layer, seed: int, name: str) -> keras.layers.Layer:
@@ -371,11 +385,13 @@ def _check_shape(tap: Tap, layer: keras.layers.Layer) -> None:
                 f"The reduction {type(layer).__name__} turns tap {tap.name!r} of shape {tap.shape} "
                 f"into shape {shape}. Expected (batch, n_features)."
             )
-    raise ValueError(
-        f"Tap {tap.name!r} has the shape {tap.shape}, with a size unknown before the data is seen, "
-        f"so that {type(layer).__name__} can't tell its number of features. Average over the "
-        f'unknown sizes with reduce={{{tap.name!r}: "gap"}}, give the model an input of fixed '
-        "size, or leave this tap out of `layers`."
+    averaged = isinstance(layer, GlobalAverage)
+    instead = "" if averaged else f'Average over them with reduce={{{tap.name!r}: "gap"}}, or give '
+    raise UnknownSizeError(
+        f"Tap {tap.name!r} has the shape {tap.shape}, with sizes that differ from batch to batch, "
+        f"so that {type(layer).__name__} can't tell its number of features. "
+        f"{instead or 'Give '}batches of one size, or leave it out with layers=[..., "
+        f'"!{tap.name}"].'
     )
 
 

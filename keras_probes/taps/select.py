@@ -1,12 +1,13 @@
 """Where to look: turns what the user names in `layers=` into taps.
 
-In: a `HostGraph` and selectors. Out: taps in graph order, each once.
+In: a `HostGraph` and selectors. Out: a `Selection`: taps in graph order, each once.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 
@@ -22,11 +23,27 @@ Selector: TypeAlias = (
 
 _FORMS = (
     '"auto", "all", a tap\'s name, a glob such as "conv*", a layer class, a layer, '
-    "a function of a layer that returns a bool, or a list of these"
+    'a function of a layer that returns a bool, or a list of these, in which "!name" leaves out '
+    "a name or glob"
 )
 
 
-def select(graph: HostGraph, layers: Selector) -> list[Tap]:
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What `layers=` stands for.
+
+    Attributes:
+        taps: The taps in graph order, each once.
+        named: Names of those that were asked for by their own name.
+        left_out: By name, why what was selected otherwise can't be probed.
+    """
+
+    taps: tuple[Tap, ...]
+    named: frozenset[str]
+    left_out: dict[str, str]
+
+
+def select(graph: HostGraph, layers: Selector) -> Selection:
     """Resolves `layers=`.
 
     Args:
@@ -34,17 +51,43 @@ def select(graph: HostGraph, layers: Selector) -> list[Tap]:
         layers: `"auto"` (the cut points), `"all"` (the input and every layer output), the name of a
             tap, a glob over names, a layer class, a layer instance, a predicate of a layer, or a
             list of these. A name or glob reaches into nested models with `outer/inner`; a glob
-            meets pre-activations only if it has a `:` in it.
+            meets pre-activations only if it has a `:` in it. In a list, a name or glob after `!`
+            takes out of what the others pick.
 
     Returns:
-        The taps in graph order, each once.
+        The `Selection`.
 
     Raises:
         TypeError: `layers` has none of these forms.
-        ValueError: A selector matches nothing, or a name stands for several tensors.
+        ValueError: A selector matches nothing, a name stands for several tensors, or for one that
+            no linear probe can read.
     """
-    chosen = _matches(graph, layers)
-    return [tap for tap in graph.taps if tap.name in chosen]
+    parts = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    wanted = [part for part in parts if not _takes_out(part)]
+    if not wanted:
+        raise ValueError(f"`layers` picks nothing. Expected {_FORMS}. Received: {layers!r}.")
+    chosen = set[str]().union(*(_matches(graph, part) for part in wanted))
+    named = {part for part in wanted if isinstance(part, str)} & chosen
+    for name in (part[1:] for part in parts if isinstance(part, str) and _takes_out(part)):
+        out = _named(graph, name)
+        if not out & chosen:
+            raise ValueError(f"In `layers`, '!{name}' takes out nothing that the others pick.")
+        chosen -= out
+    taps = [tap for tap in graph.taps if tap.name in chosen]
+    for tap in taps:
+        if tap.unreadable and tap.name in named:
+            raise ValueError(
+                f"Tap {tap.name!r} in `layers` can't be probed: it is {tap.unreadable}."
+            )
+    left_out = {tap.name: tap.unreadable for tap in taps if tap.unreadable}
+    if "all" in wanted:
+        left_out |= graph.unread
+    readable = tuple(tap for tap in taps if not tap.unreadable)
+    return Selection(readable, frozenset(named), left_out)
+
+
+def _takes_out(part: Any) -> bool:
+    return isinstance(part, str) and part.startswith("!")
 
 
 def is_glob(pattern: str) -> bool:
@@ -60,6 +103,8 @@ def glob_match(name: str, pattern: str) -> bool:
 def nearest(name: str, names: Iterable[str]) -> str:
     """Says which of `names` resemble `name`, or lists a few of them."""
     names = list(names)
+    if not names:
+        return "The model has no layer that a probe can read."
     # Compared without regard to case and to the layers around: `Conv1` and `inner` are near too.
     keys = {n.lower(): n for n in names} | {n.rsplit("/", 1)[-1].lower(): n for n in names}
     near = difflib.get_close_matches(name.lower(), keys, n=3, cutoff=0.5)
@@ -74,9 +119,7 @@ def _matches(graph: HostGraph, selector: Selector) -> set[str]:
     if isinstance(selector, str):
         return _named(graph, selector)
     if isinstance(selector, (list, tuple)):
-        if not selector:
-            raise ValueError(f"`layers` is an empty list. Expected {_FORMS}.")
-        return set().union(*(_matches(graph, part) for part in selector))
+        return set[str]().union(*(_matches(graph, part) for part in selector))
 
     if isinstance(selector, type):
         picked = {t.name for t in _outputs(graph) if isinstance(t.site.layer, selector)}

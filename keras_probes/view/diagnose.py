@@ -261,7 +261,7 @@ def _overfitted(m: _Measures) -> Iterator[Finding]:
         train = m.results.measured("error", split="train", epoch=epoch, target=m.target)
     except ValueError:
         raise NotApplicableError(f"no training error was measured in epoch {epoch + 1}") from None
-    taps = [tap for tap in m.frame.index if tap in train.index]
+    taps = [tap for tap in m.frame.index if tap in train.index and train["n"][tap]]
     errors = {tap: float(train["value"][tap]) for tap in taps}
     sure = _holm(
         {tap: _p_above(m.error(tap), m.n(tap), errors[tap], int(train["n"][tap])) for tap in taps}

@@ -6,6 +6,7 @@ In: a `ProbeResults`. Out: as the paper's table 4a, with what the numbers rest o
 import dataclasses
 import html
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,7 @@ from keras_probes.view.layout import thinned
 CONVERGED = 1e-2  # nats; of a probe that trained online
 BAR = 30  # characters
 MOST_BARS = 40
+MOST_LEFT_OUT = 8
 ONCE = ("l2", "converged", "code_length")  # metrics that a probe has once
 _AS_TEXT: dict[str, Any] = {
     "float_format": "{:.4f}".format,
@@ -41,7 +43,7 @@ def table(
         for row in results.rows
         if row.metric == metric and epoch in (None, row.epoch)
     }
-    nonfinite = pd.Series(0, table.index)
+    left_out = {name: pd.Series(0, table.index) for name in ("nonfinite", "unlabelled")}
     for split in SPLITS:
         if (split, name) not in known:
             continue
@@ -58,7 +60,8 @@ def table(
             is_initial = baseline == "initial"
             column = "initial" if is_initial else "selectivity"
             table[f"{split} {column}"] = values if is_initial else values - rows["value"]
-        nonfinite = nonfinite.add(rows["nonfinite"], fill_value=0).astype(int)
+        for kind, count in left_out.items():
+            left_out[kind] = count.add(rows[kind], fill_value=0).astype(int)
     certificate = shown["certificate"].reindex(table.index)
     if certificate.notna().any():
         table["certificate"] = certificate
@@ -68,19 +71,20 @@ def table(
         if of_tap:
             values = pd.Series(of_tap).reindex(table.index)
             table[once] = values == 1.0 if once == "converged" else values
-    return table.assign(nonfinite=nonfinite) if nonfinite.any() else table
+    return table.assign(**{kind: count for kind, count in left_out.items() if count.any()})
 
 
 def as_text(results: ProbeResults) -> str:
     """The table of each target, of the metric that was asked for first."""
     if not results.rows:
         return repr(results)
-    return "\n\n".join(
+    tables = [
         ("" if target is None else f"{target}\n")
         + results.table(_metric(results), target=target).to_string(**_AS_TEXT)
         + f"\n{_without_features(results, target)}"
         for target in results.targets
-    )
+    ]
+    return "\n\n".join(tables + ([left_out_text(results.left_out)] if results.left_out else []))
 
 
 def as_bars(results: ProbeResults) -> str:
@@ -111,12 +115,22 @@ def as_html(results: ProbeResults) -> str:
     """The same for notebooks."""
     if not results.rows:
         return html.escape(repr(results))
-    return "\n".join(
+    tables = [
         ("" if target is None else f"<h4>{html.escape(target)}</h4>\n")
         + results.table(_metric(results), target=target).to_html(**_AS_TEXT)
         + f"\n<p>{html.escape(_without_features(results, target))}</p>"
         for target in results.targets
-    )
+    ]
+    if results.left_out:
+        tables.append(f"<p>{html.escape(left_out_text(results.left_out))}</p>")
+    return "\n".join(tables)
+
+
+def left_out_text(left_out: Mapping[str, str]) -> str:
+    """Which layers are not probed and why, as a sentence; of very many, the first."""
+    shown = [f"{name!r} ({reason})" for name, reason in list(left_out.items())[:MOST_LEFT_OUT]]
+    more = len(left_out) - len(shown)
+    return f"Not probed: {', '.join(shown)}{f' and {more} more' if more else ''}."
 
 
 def _metric(results: ProbeResults) -> str:

@@ -62,9 +62,9 @@ class TensorBoardWriter:
         """Says that another fit begins."""
         self._begun = False
 
-    def write(self, results: ProbeResults, epoch: int) -> None:
-        """Writes all measures of `epoch` and flushes them to disk."""
-        rows = [row for row in results.rows if row.epoch == epoch]
+    def write(self, results: ProbeResults, epoch: int, split: str | None = None) -> None:
+        """Writes all measures of `epoch`, or those of a split, and flushes them to disk."""
+        rows = [r for r in results.rows if r.epoch == epoch and split in (None, r.split)]
         if not rows:
             return
         if not self._begun:

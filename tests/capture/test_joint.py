@@ -18,6 +18,7 @@ class Watcher(keras.callbacks.Callback):
     def __init__(self, isolated=False):
         super().__init__()
         self.isolated = isolated
+        self.unpack = keras.utils.unpack_x_y_sample_weight
         self.part = lambda step: Part()
         self.kept = []
         self.total = tf.Variable(0.0)
@@ -26,6 +27,7 @@ class Watcher(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
+        self.probed = model
         self.run = calling_lists()[0]
 
     def join(self, kind):

@@ -45,7 +45,7 @@ def build(name):
 
 
 def found(host):
-    return [tap.name for tap in select(trace(host, input_spec_of(host)), "auto")]
+    return [tap.name for tap in select(trace(host, input_spec_of(host)), "auto").taps]
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -541,3 +541,7 @@ def test_errors_are_right_and_the_host_is_untouched(name):
         assert np.isfinite(frame["value"]).all()
         train_n = frame.loc[frame["split"] == "train", "n"]
         assert set(train_n) == {64 if "endless" in name else N}
+        # Refitted at the end of each epoch, or the reason is there.
+        refit, last = probes.results.refits[-1], probes.results.measured("error")
+        assert mode == "shared" or refit.left_out == {}
+        assert last["certificate"].notna().all() == (refit.left_out == {})

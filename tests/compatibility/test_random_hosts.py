@@ -301,7 +301,7 @@ def test_hosts_are_untouched_reports_complete_and_nothing_is_left_behind(example
         if isinstance(example.layers, int)
         else example.layers
     )
-    names = [tap.name for tap in select(graph, chosen)]
+    names = [tap.name for tap in select(graph, chosen).taps]
     reduce = _fitting(example.reduce, [tap for tap in graph.taps if tap.name in names])
     mode = "isolated" if example.isolated else "shared"
     host, reported, probed = run(example, LinearProbeCallback(chosen, reduce=reduce, mode=mode))

@@ -80,7 +80,7 @@ def test_a_tap_that_the_step_does_not_compute():
             x=np.zeros((8, 4), "float32"))  # fmt: skip
 
 
-@pytest.mark.parametrize("reduce", ["auto", "gap"])
+@pytest.mark.parametrize("reduce", ["auto", "gap", "random"])
 def test_a_tap_whose_shape_changes_between_batches(reduce):
     inputs = keras.Input((None, 4))
     h = layers.Conv1D(5, 1, name="conv")(inputs)
@@ -97,11 +97,11 @@ def test_a_tap_whose_shape_changes_between_batches(reduce):
             tf.TensorSpec((None, None, 4), tf.float32), tf.TensorSpec((None,), tf.int64)
         ),
     )  # fmt: skip
-    probes = LinearProbeCallback("conv", reduce=reduce)
-    if reduce == "gap":
+    probes = LinearProbeCallback("conv", reduce=reduce, num_classes=10)
+    if reduce != "random":
         history = model.fit(data, callbacks=[probes], verbose=0).history
         assert set(probes.results.frame()["n"]) == {24}
         assert history["probe_error/conv"][0] <= 0.5
     else:
-        with pytest.raises(ValueError, match="'conv'.*size unknown.*gap"):
+        with pytest.raises(ValueError, match="'conv'.*sizes that differ.*gap"):
             model.fit(data, callbacks=[probes], verbose=0)

@@ -38,6 +38,7 @@ def test_signature_of_the_callback():
         "reduce": "auto",
         "target": None,
         "num_classes": None,
+        "sample_weight": None,
         "optimizer": None,
         "metrics": ("error", "loss"),
         "mode": "shared",
@@ -48,6 +49,8 @@ def test_signature_of_the_callback():
         "backup_dir": None,
         "seed": 0,
         "refit": 0.1,
+        "model": None,
+        "unpack": None,
     }
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["layers"]
     assert issubclass(LinearProbeCallback, keras.callbacks.Callback)

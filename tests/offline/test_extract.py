@@ -35,7 +35,8 @@ def contents(path):
 
 
 def extract(path, given=None, model=None, **options):
-    options = {"layers": ["input", "dense"], "batch_size": 50, "verbose": False, **options}
+    given_by_all = {"layers": ["input", "dense"], "batch_size": 50, "num_classes": 10}
+    options = {**given_by_all, "verbose": False, **options}
     return extract_features(
         model or dense_net(), data() if given is None else given, path, **options
     )
@@ -254,7 +255,7 @@ def test_a_full_disk_is_a_clear_error_and_the_store_goes_on(whole, tmp_path):
 
 def test_sample_weights_and_several_targets(tmp_path):
     x, y = data(60)
-    weights = np.linspace(0, 1, 60).astype("float32")
+    weights = np.linspace(0.5, 1, 60).astype("float32")
     target = {"digit": None, "a b": lambda x, y: y % 2, "a_b": lambda x, y: y // 5}
     store = extract(
         tmp_path / "s", (x, y, weights), target=target, num_classes={"a b": 2, "a_b": 2}
@@ -304,7 +305,7 @@ def bad_input():
         "empty": ((x[:0], y[:0]), {}, "data are empty"),
         "endless": (endless, {}, r"data are endless.*take"),
         "no labels": (x, {}, "Probes need labels"),
-        "label out of range": ((x, y + 1), {}, "integers from 0 to 9"),
+        "label out of range": ((x, y + 1), {"num_classes": 10}, "integers from 0 to 9"),
         "dtype": ((x, y), {"dtype": "int8"}, "Expected dtype to be one of"),
         "worker": ((x, y), {"worker": (2, 2)}, "worker i of n"),
         "layer": ((x, y), {"layers": "dens"}, "Did you mean 'dense'"),

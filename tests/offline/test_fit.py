@@ -243,7 +243,7 @@ def test_features_of_any_scale(data, tmp_path):
 
 def test_classes_without_training_rows(data, tmp_path):
     x, y = data
-    train = extract(tmp_path / "train", (x[y < 7], y[y < 7]))
+    train = extract(tmp_path / "train", (x[y < 7], y[y < 7]), num_classes=10)
     test = extract(tmp_path / "test", data)
     with pytest.warns(UserWarning, match="3 of 10 classes have no training row: 7, 8, 9"):
         results = quiet(train, validation=None, test=test, l2=1e-2)

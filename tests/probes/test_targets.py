@@ -6,7 +6,15 @@ import pytest
 import scipy.stats
 import tensorflow as tf
 
-from keras_probes.probes.targets import RandomLabels, Target, resolve_targets
+from keras_probes.probes.targets import (
+    MISSING,
+    WEIGHTLESS,
+    WRONG,
+    Evidence,
+    RandomLabels,
+    Target,
+    resolve_targets,
+)
 
 SPEC = tf.TensorSpec
 X = SPEC((None, 8), "float32")
@@ -15,7 +23,8 @@ SPARSE = SPEC((None,), "int64")
 
 def resolve(target=None, num_classes=None, y=SPARSE, outputs=None):
     outputs = SPEC((None, 4), "float32") if outputs is None else outputs
-    return resolve_targets(target, num_classes, X, y, outputs)
+    loss = "sparse_categorical_crossentropy"
+    return resolve_targets(target, num_classes, X, y, Evidence(outputs, loss))
 
 
 @pytest.mark.parametrize(
@@ -71,11 +80,51 @@ def test_one_hot_and_smoothed_labels():
 
 
 @pytest.mark.parametrize(
-    "y", [[0, 3, -1, 1.5], [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0.2, 0.2, 0.2]], [0, 7, 2.5, -2]]
+    "y",
+    [
+        [0, 3, -1, 1.5],
+        [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0.2, 0.2, 0.2]],
+        [0, 7, np.nan, 2.5],
+        [0, 3, 255, 256],
+    ],
 )
 def test_what_is_no_label_is_marked(y):
-    labels = np.asarray(Target(None, None, 3).labels(None, np.array(y, "float32")))
-    np.testing.assert_array_equal(labels, [0, -1, -1, -1])
+    labels = np.asarray(Target(None, None, 3, ignored=255).labels(None, np.array(y, "float32")))
+    np.testing.assert_array_equal(labels, [0, WRONG, MISSING, WRONG])
+
+
+def test_labels_of_a_hinge():
+    target = resolve_targets(None, None, X, SPARSE, Evidence(None, keras.losses.Hinge()))[0]
+    assert target.num_classes == 2
+    np.testing.assert_array_equal(target.labels(None, np.array([-1, 1, 1])), [0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "classes"),
+    [
+        ("sparse_categorical_crossentropy", 7),
+        (keras.losses.sparse_categorical_crossentropy, 7),
+        (keras.losses.CategoricalFocalCrossentropy(), 7),
+        ([keras.losses.SparseCategoricalCrossentropy()], 7),
+        ("binary_crossentropy", 3),
+        ("mse", 3),
+        (None, 3),
+        (lambda y, u: u, 3),
+    ],
+)
+def test_an_output_counts_where_the_loss_is_a_cross_entropy_over_it(loss, classes):
+    outputs, at_hand = SPEC((None, 7), "float32"), [np.array([0, 2, 1, -1])]
+    evidence = Evidence(outputs, loss, at_hand)
+    assert resolve_targets(None, None, X, SPARSE, evidence)[0].num_classes == classes
+
+
+def test_losses_of_several_outputs():
+    y = {"a": SPARSE, "b": SPARSE}
+    outputs = {"a": SPEC((None, 3), "float32"), "b": SPEC((None, 7), "float32")}
+    losses = {"a": "sparse_categorical_crossentropy", "b": "mse"}
+    evidence = Evidence(outputs, losses, [{"a": np.array([0, 1]), "b": np.array([0, 4])}])
+    assert resolve_targets("a", None, X, y, evidence)[0].num_classes == 3
+    assert resolve_targets("b", None, X, y, evidence)[0].num_classes == 5
 
 
 def test_keys_indices_and_functions_select():
@@ -86,41 +135,53 @@ def test_keys_indices_and_functions_select():
     np.testing.assert_array_equal(made, [2, 2])
 
 
+def weights_of(target, given, y=(0, 1)):
+    return target.labels_and_weights(None, np.array(y), given)[1]
+
+
 @pytest.mark.parametrize("given", [None, np.array([2.0, 3.0]), np.array([[2.0], [3.0]])])
 def test_sample_weights(given):
-    weights = Target(None, None, 2).weights(given, tf.constant([0, 1]))
+    weights = weights_of(Target(None, None, 2), given)
     assert weights.dtype == tf.float32
     np.testing.assert_array_equal(weights, [1, 1] if given is None else [2, 3])
 
 
 def test_sample_weights_of_several_outputs():
     given = {"a": np.array([2.0, 3.0]), "b": np.array([4.0, 5.0])}
-    like = tf.constant([0, 1])
-    np.testing.assert_array_equal(Target(None, "b", 2).weights(given, like), [4, 5])
-    np.testing.assert_array_equal(Target("n", lambda x, y: y, 2).weights(given, like), [1, 1])
+    y = {"b": np.array([0, 1])}
+    found = Target(None, "b", 2).labels_and_weights(None, y, given)[1]
+    np.testing.assert_array_equal(found, [4, 5])
+    np.testing.assert_array_equal(weights_of(Target("n", lambda x, y: y, 2), given), [1, 1])
 
 
-def test_sample_weights_of_a_wrong_shape():
-    with pytest.raises(ValueError, match="one sample weight an example"):
-        Target(None, None, 2).weights(np.ones((2, 5)), tf.constant([0, 1]))
+def test_sample_weights_of_another_shape_are_the_hosts_own():
+    np.testing.assert_array_equal(weights_of(Target(None, None, 2), np.ones((2, 5)) * 3), [1, 1])
+    last = Target(None, None, 2, weigh=lambda x, y, w: w[:, -1])
+    np.testing.assert_array_equal(weights_of(last, np.array([[3, 1.0], [3, 2.0]])), [1, 2])
+
+
+def test_an_example_without_weight_is_left_out():
+    given = np.array([0.0, 2.0, 0.0])
+    labels, _ = Target(None, None, 2).labels_and_weights(None, np.array([1, 1, -1]), given)
+    np.testing.assert_array_equal(labels, [WEIGHTLESS, 1, WEIGHTLESS])
 
 
 @pytest.mark.parametrize(
     ("options", "error", "parts"),
     [
         ({"y": None}, ValueError, ["Probes need labels", "target="]),
-        ({"y": SPEC((None, 5, 4), "int32")}, ValueError, ["(None, 5, 4)", "(batch,)"]),
+        ({"y": SPEC((None, 5, 4), "int32")}, ValueError, ["(None, 5, 4)", "one per token"]),
         ({"y": SPEC((None, 3), "float32"), "num_classes": 5}, ValueError, ["(batch, 5)"]),
         ({"num_classes": 1}, ValueError, ["at least 2 classes", "1"]),
         ({"num_classes": 2.0}, ValueError, ["integer", "2.0"]),
         ({"y": {"a": SPARSE}}, ValueError, ["dict with the keys 'a'", "target="]),
         ({"y": (SPARSE, SPARSE)}, ValueError, ["tuple of 2", "target=0"]),
         ({"y": {"a": SPARSE}, "target": "b"}, ValueError, ["'b'", "keys 'a'"]),
-        ({"target": lambda x, y: y % 2}, ValueError, ["can't be inferred", "num_classes="]),
+        ({"target": lambda x, y: y % 2}, ValueError, ["is not known", "num_classes="]),
         ({"target": 1.5}, TypeError, ["Expected `target`", "1.5"]),
         ({"target": {}}, ValueError, ["names of targets"]),
         ({"target": {"": None}}, ValueError, ["names of targets"]),
-        ({"outputs": SPEC((None, 5, 5, 3), "float32")}, ValueError, ["can't be inferred"]),
+        ({"outputs": SPEC((None, 5, 5, 3), "float32")}, ValueError, ["is not known"]),
         ({"target": {"z": lambda x, y: y}, "num_classes": {"q": 3}}, ValueError, ["'z'", "'q'"]),
         ({"num_classes": {"typo": 3}}, ValueError, ["names of targets", "'typo'"]),
         ({"target": lambda x, y: 1 / 0}, ValueError, ["target= fails", "ZeroDivisionError"]),

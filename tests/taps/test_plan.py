@@ -49,7 +49,7 @@ def test_the_same_seed_makes_the_same_plan():
 
 def test_a_tap_the_step_does_not_compute():
     plan = plan_of(convnet(), ["conv", "pool"])
-    with pytest.raises(ValueError, match=r"'conv'.*Leave it out"):
+    with pytest.raises(ValueError, match=r"'conv'.*isolated"):
         plan.features(Recording())
 
 

@@ -29,7 +29,7 @@ def graph(model):
 
 
 def chosen(graph, layers):
-    return [tap.name for tap in select(graph, layers)]
+    return [tap.name for tap in select(graph, layers).taps]
 
 
 EVERYTHING = ["input", "shared#0", "shared#1", "outer/conv_like", "outer/relu", "out"]
@@ -103,7 +103,7 @@ def test_no_cut_points():
         (layers.Conv2D, ValueError, ["matches nothing", "Conv2D", "Dense"]),
         (lambda layer: False, ValueError, ["matches nothing", "predicate"]),
         (layers.Dense(3, name="stranger"), ValueError, ["'stranger'", "not called by this model"]),
-        ([], ValueError, ["empty list"]),
+        ([], ValueError, ["picks nothing"]),
         (3, TypeError, ["Expected `layers`", "Received: 3"]),
         (["out", 3.5], TypeError, ["Received: 3.5"]),
     ],
