@@ -35,6 +35,7 @@ DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
 DEV = [
     "build==1.6.1",
     "import-linter==2.16",
+    "keras-hub>=0.32,<0.33",  # its small models are tested with
     "mypy==2.4.1",
     "pandas-stubs==3.1.0.261029",
     "ruff==0.17.6",

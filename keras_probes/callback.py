@@ -97,7 +97,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
         baselines: What to measure beside the probes. `"shuffled"`: probes of the same layers on
             random labels, the same for an example whenever it is seen, under the name `shuffled`
             (or `<target>_shuffled`). How much worse they do is the table's `selectivity`; what they
-            get right in training, a probe knows by heart. It doubles what probes cost. `"initial"`:
+            get right in training, a probe knows by heart. It doubles what probes cost. Where data
+            are augmented at random before the model, an example is a new one each time and nothing
+            can be known by heart. `"initial"`:
             probes of the same layers with the weights the model has when they are built, under the
             name `initial` (or `<target>_initial`): what the architecture gives away before it has
             learned anything. It costs a second forward pass, and a copy of the model's weights.

@@ -457,10 +457,10 @@ def test_inputs_by_name_are_probed_in_the_models_order(digits):
     model = compiled(keras.Model([zeta, alpha], layers.Dense(10, activation="softmax")(joined)))
     data = {"zeta": flat, "alpha": flat[:, :32], "unused": flat}
     for mode in ("shared", "isolated"):
-        probes = LinearProbeCallback(["input[0]", "input[1]"], mode=mode)
+        probes = LinearProbeCallback(["input[zeta]", "input[alpha]"], mode=mode)
         model.fit(data, y, callbacks=[probes], verbose=0)
-        assert probes.weights("input[0]")[0].shape == (64, 10)
-        assert probes.weights("input[1]")[0].shape == (32, 10)
+        assert probes.weights("input[zeta]")[0].shape == (64, 10)
+        assert probes.weights("input[alpha]")[0].shape == (32, 10)
 
 
 @pytest.mark.parametrize("mode", MODES)

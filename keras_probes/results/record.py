@@ -131,7 +131,7 @@ class ProbeResults:
         """
         if not self.rows:
             raise ValueError(
-                "Nothing was measured: no epoch of `fit` has ended with these probes in it."
+                "Nothing to show: no epoch of `fit` has ended with these probes in it."
             )
         name = self.resolve_target(target)
         rows = [

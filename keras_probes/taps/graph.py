@@ -373,7 +373,7 @@ def _taps(
 ) -> Iterator[Tap]:
     """Names the recorded tensors: `#k` for repeated calls of a path, `[j]` for several outputs."""
     paths = recording.paths
-    ids = {_root(tensor, {}) for tensor in recording.ids if isinstance(tensor, tf.Tensor)}
+    ids = {_root(tensor, {}) for tensor in recording.ids}
     maps = {id(tensor) for tensor in recording.maps}
     calls: dict[tuple[str, bool], list[tuple[keras.Operation, int]]] = defaultdict(list)
     indices: dict[tuple[keras.Operation, str, int], set[int]] = defaultdict(set)

@@ -73,7 +73,7 @@ class ReducedTap:
             activation = tf.ensure_shape(activation, (activation.shape[0], *self.sizes))
         stopped = self.stop_gradient(activation)
         if mask is not None:
-            stopped._keras_mask = mask
+            stopped._keras_mask = tf.cast(mask, tf.bool)
         # A Keras layer as reduction follows the global dtype policy.
         return tf.cast(self.reduction(stopped), tf.float32)
 

@@ -194,10 +194,7 @@ class _Recorder:
                 return self._call_host(*_in_order(layer, inputs), lambda: original(*args, **kwargs))
             masks = [value for name, value in kwargs.items() if name.endswith("mask")]
             self.recording.masks += keras.tree.flatten(masks)
-            for tensor in keras.tree.flatten((args, kwargs)):
-                mask = getattr(tensor, "_keras_mask", None)
-                if mask is not None and self._counts(tensor):
-                    self.recording.mask_of.setdefault(id(tensor), mask)
+            self._note_masks(args, kwargs)
             self._stack.append(layer)
             try:
                 outputs = original(*args, **kwargs)
@@ -233,6 +230,16 @@ class _Recorder:
         finally:
             self._in_host = False
 
+    def _note_masks(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Notes the masks of what a layer takes: Keras's own, and those that KerasHub hands on."""
+        pairs = [(t, getattr(t, "_keras_mask", None)) for t in keras.tree.flatten((args, kwargs))]
+        pairs += [(tensor, kwargs.get("padding_mask")) for tensor in args]
+        for tensor, mask in pairs:
+            if not (isinstance(tensor, tf.Tensor) and isinstance(mask, tf.Tensor)):
+                continue
+            if self._counts(tensor) and mask.shape.rank == 2:
+                self.recording.mask_of.setdefault(id(tensor), mask)
+
     def _why_unseen(self, outputs: Any) -> str:
         if not any(isinstance(tensor, tf.Tensor) for tensor in keras.tree.flatten(outputs)):
             return f"it returns {type(outputs).__name__}, in which no tensor can be found"
@@ -242,8 +249,10 @@ class _Recorder:
     def _describe(self, layer: keras.Operation, args: tuple, outputs: Any) -> None:
         """Notes what kind of tensors a layer takes and returns."""
         if isinstance(layer, _OF_IDS):
-            self.recording.ids += keras.tree.flatten(args)
-        single = len(args) > 0 and isinstance(args[0], tf.Tensor) and isinstance(outputs, tf.Tensor)
+            self.recording.ids += [t for t in keras.tree.flatten(args) if self._is_here(t)]
+        single = bool(args) and all(
+            isinstance(of, tf.Tensor) and self._is_here(of) for of in (args[0], outputs)
+        )
         if isinstance(layer, _AFFINE) and single:
             self.recording.repeats[id(outputs)] = args[0]
         inner = len(self._stack) > 1 and not isinstance(self._stack[-2], keras.Model)

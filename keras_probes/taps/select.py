@@ -109,7 +109,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     keys = {n.lower(): n for n in names} | {n.rsplit("/", 1)[-1].lower(): n for n in names}
     near = difflib.get_close_matches(name.lower(), keys, n=3, cutoff=0.5)
     if near:
-        return "Did you mean " + ", ".join(repr(keys[n]) for n in near) + "?"
+        return "Did you mean " + ", ".join(dict.fromkeys(repr(keys[n]) for n in near)) + "?"
     shown = ", ".join(repr(n) for n in names[:8])
     return f"There are {shown}{', ...' if len(names) > 8 else ''}."
 

@@ -655,7 +655,7 @@ def test_a_loop_of_ones_own_is_told(tabular):
     with pytest.warns(UserWarning, match="saw no step of epoch 0.*extract_features"):
         calls.on_epoch_end(0)
     calls.on_train_end()
-    with pytest.raises(ValueError, match="Nothing was measured"):
+    with pytest.raises(ValueError, match="Nothing to show: no epoch"):
         probes.results.table()
     probes = fitted(model, *tabular)  # the model is none the worse
     assert errors(probes)

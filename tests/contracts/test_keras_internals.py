@@ -125,3 +125,24 @@ def test_a_quantized_layer_is_called_by_another_name():
     vars(layer)["quantized_call"] = lambda x, **kwargs: "quantized"
     assert layer.quantization_mode == "int8"
     assert layer(np.zeros((1, 8), "float32")) == "quantized"
+
+
+def test_a_mask_is_an_attribute_of_its_tensor():
+    """A reduction reads it there, and gets it from there."""
+    embedded = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[1, 0]]))
+    np.testing.assert_array_equal(embedded._keras_mask, [[True, False]])
+    steps = keras.ops.convert_to_tensor([[[1.0], [3.0]]])
+    steps._keras_mask = keras.ops.convert_to_tensor([[True, False]])
+    np.testing.assert_array_equal(keras.layers.GlobalAveragePooling1D()(steps), [[1.0]])
+
+
+def test_a_model_without_a_call_has_that_of_its_base():
+    """By this the package knows that there is no forward pass to probe."""
+
+    class Host(keras.Model):
+        pass
+
+    assert Host.call is keras.Model.call
+    assert keras.Sequential.call is not keras.Model.call
+    inputs = keras.Input((2,))
+    assert type(keras.Model(inputs, inputs)).call is not keras.Model.call

@@ -281,7 +281,7 @@ def test_examples_that_are_not_finite_are_left_out_of_their_tap_alone(bad):
 
 def test_a_batch_with_nothing_finite_changes_nothing():
     x, labels = blobs(32)
-    probes = probe_set({"a": 5}, optimizer="sgd")
+    probes = probe_set({"a": 5}, optimizer=keras.optimizers.SGD(0.01))
     show(probes.train, {"a": x}, labels)
     kernel = np.asarray(probes._groups[0].heads[None].kernel)
     show(probes.train, {"a": np.full_like(x, np.nan)}, labels)
