@@ -114,8 +114,9 @@ def wide_store(narrow, path, rows):
     output = keras.layers.Dense(10)(keras.layers.Concatenate()(inputs))
     data = tuple(arrays), narrow.labels()[again]
     return extract_features(
-        keras.Model(inputs, output), data, path, layers="input*", reduce="flatten", verbose=False
-    )
+        keras.Model(inputs, output), data, path, layers="input*", reduce="flatten",
+        num_classes=10, verbose=False,
+    )  # fmt: skip
 
 
 def memory_of_process():

@@ -90,7 +90,7 @@ class Variant:
         self.x = rng.normal(size=(rows, *self.host.input_shape[1:])).astype("float32")
         self.y = rng.integers(0, self.classes, rows)
         graph = trace(self.host, input_spec_of(self.host))
-        taps = [tap.name for tap in select(graph, layers)]
+        taps = [tap.name for tap in select(graph, layers).taps]
         places = np.linspace(0, len(taps) - 1, args.probes or len(taps)).round().astype(int)
         self.taps = [taps[place] for place in places]
         self.clock = Clock(args.every)

@@ -4,6 +4,7 @@ In: a host, and what Keras calls back. Out: logs, `ProbeResults`, event files. W
 decided in `taps`, what is measured in `probes`; the probes of one host are an `OnlineProbes`.
 """
 
+import copy
 import dataclasses
 import os
 import tempfile
@@ -70,9 +71,11 @@ class LinearProbeCallback(keras.callbacks.Callback):
         layers: Where to look. `"auto"`: the input and the layers that every path through the model
             runs through. `"all"`: the input and every layer. Or a tap's name (`"conv1"`,
             `"outer/inner"`, `"conv1:preactivation"`, `"dense#0"`, `"lstm[1]"`, `"input"`), a glob
-            (`"*_add"`), a layer class, a layer, a predicate of a layer, or a list of these.
-        reduce: How features are made of a layer's output (section 3.4). `"auto"`: all of them up
-            to 1,000, else a fixed random 1,000; `"gap"`: global average pooling; `"random"`;
+            (`"*_add"`), a layer class, a layer, a predicate of a layer, or a list of these, in
+            which a name or glob after `!` is left out: `["auto", "!input"]`.
+        reduce: How features are made of a layer's output (section 3.4). `"auto"`: averages over the
+            steps of a sequence and over sizes that differ from batch to batch; else all features up
+            to 1,000, or a fixed random 1,000; `"gap"`: global average pooling; `"random"`;
             `"flatten"`; a Keras layer such as `RandomFeatures(500)`; or a mapping from globs over
             tap names to these.
         target: What the probes predict (section 3.6). `None`: the model's own labels; a key or
@@ -244,6 +247,15 @@ class LinearProbeCallback(keras.callbacks.Callback):
             "_loaded": self._checkpoint() if known else None,
         }
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LinearProbeCallback":
+        """A copy that looks at the same model: layers and networks that were named stay these."""
+        for asked in keras.tree.flatten((self._settings.layers, self._settings.model)):
+            if isinstance(asked, keras.Operation):
+                memo[id(asked)] = asked
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     # What a user asks for.
 
     @property
@@ -251,7 +263,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         """The sibling model: a mapping from tap names to the host's activations -> probabilities.
 
         Its output is a mapping from tap names to arrays of shape (batch, num_classes), or with
-        named targets a mapping from their names to such mappings.
+        named targets a mapping from their names to such mappings. It knows no masks: averages over
+        padded sequences are over all of their steps.
 
         Raises:
             ValueError: The probes are not built yet: `fit` builds them.
@@ -507,16 +520,19 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def _adopt(self, model: keras.Model) -> OnlineProbes:
         """Returns the probes of `model`; those of another host are dropped."""
         if self._online is None or self._online.host is not model:
-            self._online = OnlineProbes(model, self._settings)
-            if self._loaded is not None:
-                self._online.restore(self._loaded.arrays)
-                self._loaded = None
+            settings, loaded = self._settings, self._loaded
+            if loaded is not None:
+                known = loaded.settings["num_classes"]
+                settings = dataclasses.replace(settings, num_classes=known)
+            self._online = OnlineProbes(model, settings)
+            if loaded is not None:
+                self._online.restore(loaded.arrays)
         self._online.memory_limit = self.memory_limit
         return self._online
 
     def _checkpoint(self) -> Checkpoint:
         """What `load` makes the same callback of."""
-        if self._loaded is not None:
+        if self._loaded is not None and not (self._online and self._online.built):
             return self._loaded
         online, asked = self._built(), self._settings
         of_target = named_targets(asked.target).values()
@@ -587,6 +603,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def _end_pass(self, kind: Kind, of_host: Mapping[str, Any]) -> dict[str, float]:
         """Takes what an epoch or an evaluation measured into the results; its logs."""
         assert self._online is not None
+        self._loaded = None  # what it held, a host has taken
         with waiting(self._fit_params.get("verbose", 0)) as progress:
             measured = self._online.end_pass(kind, progress)
         if not self.results.taps:

@@ -71,8 +71,8 @@ class Observer(Protocol):
     def layers(self) -> Iterable[keras.Operation]:
         """The layers it wants to listen to; asked after `prepare`."""
 
-    def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
-        """Takes in one batch; runs within a traced step."""
+    def observe(self, kind: Kind, recording: Recording, data: tuple[Any, Any, Any]) -> None:
+        """Takes in one batch, as `unpack` returns it; runs within a traced step."""
 
 
 class Steps:
@@ -162,16 +162,17 @@ class Steps:
         host_step = getattr(host, f"{kind}_step")
 
         def step(data: Any) -> Any:
+            parts = {observer: observer.unpack(data) for observer in observers}
             with contextlib.ExitStack() as recorded:
                 recordings = {
                     observer: recorded.enter_context(
-                        record_calls(observer.probed, observer.layers(), observer.unpack(data)[0])
+                        record_calls(observer.probed, observer.layers(), part[0])
                     )
-                    for observer in observers
+                    for observer, part in parts.items()
                 }
                 outputs = host_step(data)
             for observer, recording in recordings.items():
-                observer.observe(kind, recording, data)
+                observer.observe(kind, recording, parts[observer])
             return outputs
 
         def make() -> Callable:
@@ -204,11 +205,11 @@ class Steps:
 
         def look(data: Any) -> None:
             for (probed, unpack), some in alike.items():
-                x, _, _ = unpack(data)
-                with record_calls(probed, _layers(some), x) as recording, keras.StatelessScope():
-                    call_at_inference(probed, x)
+                part = unpack(data)
+                with record_calls(probed, _layers(some)) as recording, keras.StatelessScope():
+                    call_at_inference(probed, part[0])
                 for observer in some:
-                    observer.observe(kind, recording, data)
+                    observer.observe(kind, recording, part)
 
         def look_everywhere(data: Any) -> None:
             host.distribute_strategy.run(look, (data,))

@@ -45,9 +45,9 @@ _SEVERAL_VIEWS = (
     'mode="isolated", where probes have a forward pass of their own.'
 )
 _ROWS_UNKNOWN = (
-    "The model's own step calls it with something else than the x of its data. Eagerly it can't be "
-    "told whether that has the same examples in the same order, as labels need it. If not, use "
-    'mode="isolated".'
+    "The model's own step calls it with something else than the x that probes know. Eagerly, and "
+    "with unpack=function, it can't be told whether that has the same examples in the same order, "
+    'as labels need it. If not, use mode="isolated".'
 )
 _NO_STEP = (
     "No batch of this epoch reached the probes: the model's own train_function does not call its "
@@ -112,6 +112,7 @@ class OnlineProbes:
         self._said: set[Target | str] = set()  # what was said once
         self._first_pass = True  # whether the probes had seen no example before this epoch
         self._steps_of_epoch: int | None = None  # number of steps of the epoch, where it is known
+        self._steps_before = 0  # number of steps the probes took before this epoch
         self._step = 0  # the one of them that is running
         self._every = 1  # probes take part in every so-manieth
 
@@ -245,7 +246,8 @@ class OnlineProbes:
         at_once = self.host.steps_per_execution
         self._steps_of_epoch = None if steps is None else math.ceil(steps / at_once)
         self._refitter.begin(epoch, self._steps_of_epoch)
-        self._first_pass = not self.restoring and not self.steps
+        self._steps_before = self.steps
+        self._first_pass = not self.restoring and not self._steps_before
         self.reset_sums("train")
 
     def reset_sums(self, kind: Kind) -> None:
@@ -308,14 +310,20 @@ class OnlineProbes:
     # What the joint calls: the protocol `capture.steps.Observer`.
 
     def prepare(self, data_spec: Any) -> None:
-        x, y, _ = self.unpack(data_spec)
+        x, y, _ = self._unpacked_spec(data_spec)
         self.choose_taps(x)
         wanted = self._settings
+        known = self.num_classes if self.built else wanted.num_classes
         targets = resolve_targets(
-            wanted.target, wanted.num_classes, x, y, self._evidence(), wanted.sample_weight
+            wanted.target, known, x, y, self._evidence(), wanted.sample_weight
         )
         controls = [
-            Target(name_of_baseline("shuffled", t.name), RandomLabels(t.num_classes), t.num_classes)
+            Target(
+                name_of_baseline("shuffled", t.name),
+                RandomLabels(t.num_classes, t),
+                t.num_classes,
+                weigh=t.weigh,
+            )
             for t in targets
             if "shuffled" in wanted.baselines
         ]
@@ -325,12 +333,14 @@ class OnlineProbes:
             if "initial" in wanted.baselines
         ]
         targets = [*targets, *controls, *initial]
-        if self.built and targets != self.targets:
+        if self.built and _classes(targets) != _classes(self.targets):
             raise ValueError(
                 f"The probes were built for {_classes(self.targets)}. Received: labels of "
                 f"{_classes(targets)}. Use a new LinearProbeCallback for other labels."
             )
-        if not self.built:
+        if self.built:
+            self._take_targets(targets)
+        else:
             self.targets = targets
             self._check_memory()
             with self.host.distribute_strategy.scope():
@@ -341,11 +351,30 @@ class OnlineProbes:
                 self.restore(self._pending)
                 self._pending = None
 
+    def _unpacked_spec(self, data_spec: Any) -> tuple[Any, Any, Any]:
+        """The spec of what probes see of a batch."""
+        if not callable(self._settings.unpack):
+            return self.unpack(data_spec)
+        function = tf.function(self.unpack, autograph=False)
+        made = function.get_concrete_function(data_spec).structured_outputs
+        return tf.nest.map_structure(
+            lambda of: None if of is None else tf.TensorSpec(of.shape, of.dtype), made
+        )
+
+    def _take_targets(self, targets: list[Target]) -> None:
+        """Reads labels as the host's loss, which may have changed, says now."""
+        named = {target.name: target for target in targets}
+        if targets != self.targets:
+            self.targets = targets
+            for snapshot in self._snapshots:
+                snapshot.targets = [named[target.name] for target in snapshot.targets]
+                snapshot.forward = None
+
     def _evidence(self) -> Evidence:
-        own = self.probed is self.host
-        loss = getattr(self.host, "loss", None) if own else None
+        # The loss of a host says nothing of the outputs of a network within it.
+        outputs = self.plan.graph.outputs if self.probed is self.host else None
         labels = labels_at_hand(self.host) if self._settings.unpack is None else ()
-        return Evidence(self.plan.graph.outputs, loss, list(labels))
+        return Evidence(outputs, getattr(self.host, "loss", None), list(labels))
 
     def _add_snapshot(self, plan: TapPlan, targets: list[Target]) -> None:
         classes = {target.name: target.num_classes for target in targets}
@@ -376,7 +405,8 @@ class OnlineProbes:
 
     def keep(self, batches: Sequence[Any], spec: Any) -> None:
         pack = keras.utils.pack_x_y_sample_weight
-        batches, spec = [pack(*self.unpack(batch)) for batch in batches], pack(*self.unpack(spec))
+        batches = [pack(*self.unpack(batch)) for batch in batches]
+        spec = pack(*self._unpacked_spec(spec))
         if self._step == 0:
             self._every = self._resolved_every(batches)
         if self._refitter.wants(self._step):
@@ -391,8 +421,8 @@ class OnlineProbes:
     def layers(self) -> Iterable[keras.Operation]:
         return self.plan.layers()
 
-    def observe(self, kind: Kind, recording: Recording, data: Any) -> None:
-        x, y, sample_weight = self.unpack(data)
+    def observe(self, kind: Kind, recording: Recording, data: tuple[Any, Any, Any]) -> None:
+        x, y, sample_weight = data
         if not self.isolated and not recording.on_x:
             self._look_at_rows(kind, recording, x)
         for snapshot in self._snapshots:
@@ -417,7 +447,7 @@ class OnlineProbes:
         tensors = recording.sources or [
             recording.tensors[site] for site in sites if site in recording.tensors
         ]
-        if tf.executing_eagerly():
+        if tf.executing_eagerly() or callable(self._settings.unpack):
             self._say("rows", _ROWS_UNKNOWN)
         elif tensors and (reason := other_rows(x, tensors)):
             raise ValueError(
@@ -456,7 +486,7 @@ class OnlineProbes:
             examples = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
             if unlabelled:
                 self._say(target, target.about(unlabelled, examples))
-        if kind == "train" and not examples:
+        if kind == "train" and self.steps == self._steps_before:
             self._say("steps", _NO_STEP)
         if kind == "train":
             # Those of the steps in which the probes took part stand for the others.

@@ -62,8 +62,8 @@ class Target:
             labels = tf.argmax(raw, axis=1, output_type=tf.int32)
         else:
             flat = tf.cast(tf.reshape(raw, (-1,)), tf.float32)
-            if self.signed:
-                flat = (flat + 1.0) / 2.0
+            if self.signed:  # Keras takes 0 for -1 as well
+                flat = tf.where(flat == -1.0, 0.0, flat)
             missing = (flat < 0) | tf.math.is_nan(flat)
             if self.ignored is not None:
                 missing |= flat == float(self.ignored)
@@ -158,11 +158,13 @@ class RandomLabels:
 
     Attributes:
         num_classes: Number of classes; each is as likely.
+        of: The target that it is a control of: where that has no label, there is none.
     """
 
     num_classes: int
+    of: Target | None = None
 
-    def __call__(self, x: Any, y: Any) -> tf.Tensor:  # noqa: ARG002
+    def __call__(self, x: Any, y: Any) -> tf.Tensor:
         """Hashes the bits of each example: whole numbers, so that no rounding changes a label."""
         prime = 2**31 - 1
         total: Any = 0
@@ -179,7 +181,10 @@ class RandomLabels:
             )
             products = tf.math.floormod(tf.math.floormod(bits, prime) * keys, prime)
             total += tf.reduce_sum(products, axis=1)
-        return tf.math.floormod(tf.math.floormod(total, prime), self.num_classes)
+        labels = tf.math.floormod(tf.math.floormod(total, prime), self.num_classes)
+        if self.of is None:
+            return labels
+        return tf.where(self.of.labels(x, y) < 0, tf.constant(MISSING, labels.dtype), labels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,9 @@ class HostGraph:
             output is that of its last layer.
         same: By name of a tap, the first name of its tensor.
         inputs: By first name, those of the tensors that it is computed from, no other tap between.
+        masked: By name of a tap whose steps have a mask, the layer that takes it: its own mask, or
+            the only one of what it is computed from. Layers that know of no masks lose them on the
+            way; padding stays padding.
         calls: How often each layer is called.
         outputs: The structure that calling the host returns, of `tf.TensorSpec`.
         unread: By name, the layers that the host has and no probe can read, with the reason.
@@ -88,6 +91,7 @@ class HostGraph:
     distinct: frozenset[str]
     same: Mapping[str, str]
     inputs: Mapping[str, tuple[str, ...]]
+    masked: Mapping[str, keras.Operation]
     calls: Mapping[keras.Operation, int]
     outputs: Any
     unread: Mapping[str, str]
@@ -228,9 +232,26 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free:
         outputs,
     )
     return HostGraph(
-        taps, frozenset(auto), frozenset(distinct), same, inputs, recording.calls, specs,
+        taps, frozenset(auto), frozenset(distinct), same, inputs,
+        _masked(taps, seen, flow, recording), recording.calls, specs,
         unread={}, work=0,
     )  # fmt: skip
+
+
+def _masked(
+    taps: Iterable[Tap], seen: Mapping[Site, tf.Tensor], flow: "_Flow", recording: Recording
+) -> dict[str, keras.Operation]:
+    """As `HostGraph.masked`."""
+    layers = {id(mask): layer for layer, mask in recording.mask_taken.items()}
+    masks = flow.masks({key: mask for key, (_, mask) in recording.mask_of.items()})
+    masked = {}
+    for tap in taps:
+        found = masks.get(id(seen[tap.site]), {})
+        if len(found) == 1 and tap.shape is not None and len(tap.shape) == 3:
+            (mask,) = found.values()
+            if id(mask) in layers and mask.shape[1] == seen[tap.site].shape[1]:
+                masked[tap.name] = layers[id(mask)]
+    return masked
 
 
 def _unread(
@@ -314,6 +335,27 @@ class _Flow:
                 for t in self._above(tensor):
                     found.update({id(t): None} if id(t) in is_recorded else nearest[id(t)])
         return {key: list(nearest[key]) for key in is_recorded}
+
+    def masks(self, noted: Mapping[int, tf.Tensor]) -> dict[int, dict[int, tf.Tensor]]:
+        """For each tensor its own mask, or those of the tensors it is computed from.
+
+        Args:
+            noted: Masks by the id of their tensor.
+
+        Returns:
+            By the id of a tensor, masks by their own id; for tensors that have any.
+        """
+        found = {id(t): {id(noted[id(t)]): noted[id(t)]} for t in self._sources if id(t) in noted}
+        for operation in self._operations:
+            for tensor in operation.outputs:
+                of: dict[int, tf.Tensor] = {}
+                for above in self._above(tensor):
+                    of |= found.get(id(above), {})
+                if id(tensor) in noted:
+                    of = {id(noted[id(tensor)]): noted[id(tensor)]}
+                if of:
+                    found[id(tensor)] = of
+        return found
 
     def cut_points(self, output: tf.Tensor) -> set[int]:
         """The tensors that every path of data from the sources to `output` runs through.

@@ -142,7 +142,9 @@ class TapPlan:
 
     def layers(self) -> list[keras.Operation]:
         """The host and the layers to listen to while it runs, each once."""
-        return list(dict.fromkeys([self.host, *(t.tap.site.layer for t in self.taps)]))
+        tapped = [reduced.tap.site.layer for reduced in self.taps]
+        masked = [self.graph.masked.get(name) for name in self.n_features]
+        return list(dict.fromkeys([self.host, *tapped, *filter(None, masked)]))
 
     def features(self, recording: Recording) -> dict[str, tf.Tensor]:
         """Returns the features of each tap, float32, shape (batch, n_features).
@@ -170,11 +172,13 @@ class TapPlan:
                     f"{expected} times at inference, so that it can't be told which call to probe. "
                     f"{_INSTEAD}"
                 )
-        tensors = {t.tap.name: recording.tensors[t.tap.site] for t in self.taps}
-        return {
-            t.tap.name: t.features(tensors[t.tap.name], recording.mask(tensors[t.tap.name]))
-            for t in self.taps
-        }
+        features = {}
+        for reduced in self.taps:
+            name, tensor = reduced.tap.name, recording.tensors[reduced.tap.site]
+            masked = self.graph.masked.get(name)
+            mask = None if masked is None else recording.mask_taken.get(masked)
+            features[name] = reduced.features(tensor, mask)
+        return features
 
     def check_rows(
         self, features: Mapping[str, tf.Tensor], labels: tf.Tensor
@@ -215,7 +219,9 @@ class TapPlan:
         found = {tap.name: tap.shape for tap in trace(self.host, spec, self.prefix).taps}
         for reduced in self.taps:
             name, shape = reduced.tap.name, found.get(reduced.tap.name)
-            if reduced.sizes is not None and shape is not None and shape[1:] != reduced.sizes:
+            if reduced.sizes is None or shape is None:
+                continue
+            if not tf.TensorShape(shape[1:]).is_compatible_with(reduced.sizes):
                 raise ValueError(
                     f"The probe of tap {name!r} was built for the shape {(None, *reduced.sizes)}. "
                     f"Received: {shape}. Give data of that size, or average over the sizes that "

@@ -64,8 +64,9 @@ class Recording:
         sources: The host's input, a sparse or ragged one by its parts.
         on_x: Whether that is the x of the data, as it is or as Keras casts it.
         masks: What was handed to layers as a mask.
-        mask_of: By the id of a tensor, the mask that it had when a layer took it; attention takes
-            masks off.
+        mask_of: By the id of a tensor, that and the mask it had when a layer took it; attention
+            takes masks off.
+        mask_taken: By layer, the first mask of what it took.
         ids: What was handed to layers that look it up, as token ids are.
         maps: Attention maps: how much each step attends to each other one.
         repeats: By the id of a tensor, the one that it is but for the scale of its channels.
@@ -83,24 +84,13 @@ class Recording:
     sources: list[tf.Tensor] = dataclasses.field(default_factory=list)
     on_x: bool = False
     masks: list[tf.Tensor] = dataclasses.field(default_factory=list)
-    mask_of: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
+    mask_of: dict[int, tuple[tf.Tensor, tf.Tensor]] = dataclasses.field(default_factory=dict)
+    mask_taken: dict[keras.Operation, tf.Tensor] = dataclasses.field(default_factory=dict)
     ids: list[tf.Tensor] = dataclasses.field(default_factory=list)
     maps: list[tf.Tensor] = dataclasses.field(default_factory=list)
     repeats: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
     calls: Counter[keras.Operation] = dataclasses.field(default_factory=Counter)
     unseen: dict[keras.Operation, str] = dataclasses.field(default_factory=dict)
-
-    def mask(self, tensor: tf.Tensor) -> tf.Tensor | None:
-        """The mask of a tensor's steps: its own, or that of others with as many steps.
-
-        Layers that know of no masks lose them on the way; padding stays padding.
-        """
-        own = getattr(tensor, "_keras_mask", None)
-        if own is not None:
-            return own
-        known = self.mask_of.get(id(tensor), next(iter(self.mask_of.values()), None))
-        steps = tensor.shape[1] if (tensor.shape.rank or 0) > 2 else None
-        return known if known is not None and steps == known.shape[1] is not None else None
 
 
 def operations_of(host: keras.Model) -> list[keras.Operation]:
@@ -194,7 +184,7 @@ class _Recorder:
                 return self._call_host(*_in_order(layer, inputs), lambda: original(*args, **kwargs))
             masks = [value for name, value in kwargs.items() if name.endswith("mask")]
             self.recording.masks += keras.tree.flatten(masks)
-            self._note_masks(args, kwargs)
+            self._note_masks(layer, args, kwargs)
             self._stack.append(layer)
             try:
                 outputs = original(*args, **kwargs)
@@ -221,6 +211,7 @@ class _Recorder:
             self.recording.paths.clear()
             self.recording.calls.clear()
             self.recording.mask_of.clear()
+            self.recording.mask_taken.clear()
             self.recording.sources, self.recording.on_x = parts, on_x
         self._in_host = True
         self._add(self._host, "input", inputs, keys)
@@ -230,7 +221,7 @@ class _Recorder:
         finally:
             self._in_host = False
 
-    def _note_masks(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def _note_masks(self, layer: keras.Operation, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Notes the masks of what a layer takes: Keras's own, and those that KerasHub hands on."""
         pairs = [(t, getattr(t, "_keras_mask", None)) for t in keras.tree.flatten((args, kwargs))]
         pairs += [(tensor, kwargs.get("padding_mask")) for tensor in args]
@@ -238,7 +229,8 @@ class _Recorder:
             if not (isinstance(tensor, tf.Tensor) and isinstance(mask, tf.Tensor)):
                 continue
             if self._counts(tensor) and mask.shape.rank == 2:
-                self.recording.mask_of.setdefault(id(tensor), mask)
+                self.recording.mask_of.setdefault(id(tensor), (tensor, mask))
+                self.recording.mask_taken.setdefault(layer, mask)
 
     def _why_unseen(self, outputs: Any) -> str:
         if not any(isinstance(tensor, tf.Tensor) for tensor in keras.tree.flatten(outputs)):

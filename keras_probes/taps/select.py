@@ -6,7 +6,7 @@ In: a `HostGraph` and selectors. Out: a `Selection`: taps in graph order, each o
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -62,13 +62,15 @@ def select(graph: HostGraph, layers: Selector) -> Selection:
         ValueError: A selector matches nothing, a name stands for several tensors, or for one that
             no linear probe can read.
     """
-    parts = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    parts = list(_flat(layers))
     wanted = [part for part in parts if not _takes_out(part)]
     if not wanted:
         raise ValueError(f"`layers` picks nothing. Expected {_FORMS}. Received: {layers!r}.")
     chosen = set[str]().union(*(_matches(graph, part) for part in wanted))
     named = {part for part in wanted if isinstance(part, str)} & chosen
     for name in (part[1:] for part in parts if isinstance(part, str) and _takes_out(part)):
+        if name in graph.unread:  # out as it is
+            continue
         out = _named(graph, name)
         if not out & chosen:
             raise ValueError(f"In `layers`, '!{name}' takes out nothing that the others pick.")
@@ -84,6 +86,14 @@ def select(graph: HostGraph, layers: Selector) -> Selection:
         left_out |= graph.unread
     readable = tuple(tap for tap in taps if not tap.unreadable)
     return Selection(readable, frozenset(named), left_out)
+
+
+def _flat(layers: Selector) -> Iterator[Any]:
+    if isinstance(layers, (list, tuple)):
+        for part in layers:
+            yield from _flat(part)
+    else:
+        yield layers
 
 
 def _takes_out(part: Any) -> bool:
@@ -118,8 +128,6 @@ def _matches(graph: HostGraph, selector: Selector) -> set[str]:
     """Names of the taps that one selector picks; never empty."""
     if isinstance(selector, str):
         return _named(graph, selector)
-    if isinstance(selector, (list, tuple)):
-        return set[str]().union(*(_matches(graph, part) for part in selector))
 
     if isinstance(selector, type):
         picked = {t.name for t in _outputs(graph) if isinstance(t.site.layer, selector)}

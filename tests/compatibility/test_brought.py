@@ -869,3 +869,137 @@ def test_a_long_target_is_not_printed_whole(tabular):
     with pytest.raises(TypeError, match="target=") as raised:
         fitted(dense(), *tabular, target=np.arange(10**5))
     assert len(str(raised.value)) < 400
+
+
+# Found by reading: what depends on more than one of these.
+
+
+@keras.saving.register_keras_serializable("test_brought")
+class Forgetful(layers.Layer):
+    """Knows of no masks."""
+
+    def call(self, x):
+        return x * 2.0
+
+
+def forgetful(length):
+    i = keras.Input((length,), dtype="int32")
+    h = Forgetful(name="twice")(layers.Embedding(50, 8, mask_zero=True, name="embed")(i))
+    h = layers.Dense(6, name="dense")(h)
+    return compiled(keras.Model(i, layers.Dense(2, name="out")(h[:, 0])))
+
+
+@pytest.mark.parametrize("length", [12, None])
+@pytest.mark.parametrize("taps", ["dense", "all", ["all", "!embed"]])
+def test_padding_stays_padding_whatever_else_is_probed(tokens, taps, length):
+    x, y = tokens
+    keras.utils.set_random_seed(0)
+    model = forgetful(length)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).padded_batch(32, ([None], []))
+    probes = LinearProbeCallback(taps, num_classes=2)
+    model.fit(data, validation_data=data, verbose=0, callbacks=[probes])
+    inner = keras.Model(model.inputs, model.get_layer("dense").output)(x).numpy()
+    counts = (x > 0)[..., None]
+    average = (inner * counts).sum(axis=1) / counts.sum(axis=1)
+    assert errors(probes)["dense"] == by_hand(probes, "dense", average, y)
+
+
+def test_the_mask_of_a_text_is_not_that_of_an_image_beside_it(tokens):
+    text, y = tokens
+    image = np.random.default_rng(9).random((320, 12, 12, 1)).astype("float32")
+    i = [keras.Input((12,), dtype="int32"), keras.Input((12, 12, 1))]
+    words = layers.Embedding(50, 8, mask_zero=True, name="embed")(i[0])
+    words = layers.GlobalAveragePooling1D()(Forgetful(name="twice")(words))
+    pixels = layers.Reshape((12, 12), name="rows")(layers.Conv2D(1, 1, name="conv")(i[1]))
+    joined = layers.Concatenate()([words, layers.Flatten()(pixels)])
+    model = compiled(keras.Model(i, layers.Dense(2, name="out")(joined)))
+    probes = fitted(model, [text, image], y, ["embed", "rows"])
+    rows = keras.Model(model.inputs, model.get_layer("rows").output)([text, image]).numpy()
+    assert errors(probes)["rows"] == by_hand(probes, "rows", rows.mean(axis=1), y)
+
+
+def test_the_number_of_classes_is_asked_for_once(tabular):
+    x, y = tabular
+    three = np.where(x[:, 2] > 1, 2, y)
+    model = dense(3, lambda y, u: tf.reduce_mean(u**2, axis=-1))
+    probes = fitted(model, x, three, "input")
+    model.evaluate(x, three, verbose=0, callbacks=[probes])
+    model.fit(x, y, verbose=0, callbacks=[probes])  # none of the third
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
+    model.fit(data, verbose=0, callbacks=[copy.deepcopy(probes)])
+
+
+def test_a_hinge_takes_0_for_minus_1(tabular):
+    x, y = tabular
+    assert errors(fitted(dense(1, "hinge"), x, y))["input"] < 0.1
+
+
+def test_unpack_may_compute(tabular):
+    x, y = tabular
+    data = tf.data.Dataset.from_tensor_slices({"i": 2 * x, "l": y}).batch(32)
+
+    class Host(Encoder):
+        def train_step(self, data):
+            return super().train_step((data["i"] / 2.0, data["l"]))
+
+        def losses_of(self, x, y):
+            return CE(y, self(x))
+
+    unpack = lambda data: (data["i"] / 2.0, data["l"])  # noqa: E731
+    for mode in ("isolated", "shared"):
+        probes = LinearProbeCallback("enc", unpack=unpack, num_classes=2, mode=mode)
+        compiled(host := Host()).fit(data, epochs=4, verbose=0, callbacks=[probes])
+        assert by_hand(probes, "enc", host.enc(x), y) < 0.25
+
+
+def test_a_loaded_callback_can_be_shown_copied_and_saved(tabular, tmp_path):
+    model, probes = dense(), LinearProbeCallback()
+    model.fit(*tabular, verbose=0, callbacks=[probes])
+    probes.save(tmp_path / "a")
+    loaded = LinearProbeCallback.load(tmp_path / "a")
+    loaded.summary(model, print_fn=lambda text: None)
+    loaded.save(tmp_path / "b")
+    expected = model.evaluate(*tabular, verbose=0, return_dict=True, callbacks=[probes])
+    for other in (copy.deepcopy(loaded), LinearProbeCallback.load(tmp_path / "b")):
+        logs = model.evaluate(*tabular, verbose=0, return_dict=True, callbacks=[other])
+        assert logs == expected
+
+
+def test_the_control_leaves_out_what_its_target_does(tabular):
+    x, y = tabular
+    some = np.where(np.arange(320) % 4 == 0, y, -1)
+    model = dense(2, lambda y, u: tf.reduce_mean(u**2, axis=-1))
+    with pytest.warns(UserWarning, match="are missing"):
+        probes = fitted(model, x, some, "input", num_classes=2, baselines=["shuffled"])
+    counts = probes.results.frame().groupby("target", dropna=False)["n"].unique()
+    assert [n.tolist() for n in counts] == [[80], [80]]
+
+
+def test_a_copy_looks_at_the_same_network(tabular):
+    x, y = tabular
+    inner = keras.Sequential([keras.Input((10,)), layers.Dense(8, "relu", name="deep")])
+    model = compiled(keras.Sequential([keras.Input((10,)), inner, layers.Dense(2)]))
+    for mode in ("isolated", "shared"):
+        probes = copy.deepcopy(LinearProbeCallback("deep", model=inner, mode=mode, num_classes=2))
+        model.fit(x, y, verbose=0, callbacks=[probes])
+        assert by_hand(probes, "deep", inner(x), y) < 0.3
+
+
+def test_an_unknown_size_is_not_another_size(tabular):
+    x = np.random.default_rng(3).normal(size=(64, 5, 2)).astype("float32")
+    y = (x[:, 0, 0] > 0).astype("int32")
+
+    class Host(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.pool = layers.GlobalAveragePooling1D()
+            self.dense, self.out = layers.Dense(4, name="dense"), layers.Dense(2, name="out")
+
+        def call(self, x):
+            return self.out(self.pool(self.dense(x)))
+
+    spec = (tf.TensorSpec((None, None, 2)), tf.TensorSpec((None,), tf.int32))
+    data = tf.data.Dataset.from_generator(lambda: iter([(x, y)]), output_signature=spec)
+    probes = LinearProbeCallback("dense", reduce="flatten")
+    compiled(Host()).fit(x, y, validation_data=data, verbose=0, callbacks=[probes])
+    assert "dense" in errors(probes)
