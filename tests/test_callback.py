@@ -677,7 +677,7 @@ def test_other_labels_for_the_same_probes(digits):
     probes = LinearProbeCallback("input")
     model, _ = fit(digits, probes, epochs=1)
     model.compile("adam", lambda y_true, y_pred: keras.ops.mean(y_pred))
-    with pytest.raises(ValueError, match="built for 10 classes"):
+    with pytest.raises(ValueError, match=r"one-hot of shape \(batch, 10\)"):
         model.fit(x, keras.utils.to_categorical(y % 4, 4), callbacks=[probes], verbose=0)
 
 

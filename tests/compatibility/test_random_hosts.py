@@ -297,7 +297,7 @@ def test_hosts_are_untouched_reports_complete_and_nothing_is_left_behind(example
     functions = sorted(name for name in vars(plain) if callable(vars(plain)[name]))
     graph = trace(plain, input_spec_of(plain))
     chosen = (
-        [tap.name for tap in graph.taps][:: example.layers]
+        [tap.name for tap in graph.taps if not tap.unreadable][:: example.layers]
         if isinstance(example.layers, int)
         else example.layers
     )
