@@ -156,7 +156,8 @@ def large(args, directory):
 
     host = keras.Sequential([keras.Input((1000,)), keras.layers.Dense(10)])
     path = f"{directory}/large"
-    took = seconds(extract_features, host, batches(), path, layers="input", verbose=False)
+    options = {"layers": "input", "num_classes": 10, "verbose": False}
+    took = seconds(extract_features, host, batches(), path, **options)
     store = FeatureStore(path)
     size = len(store) * 4000 / 2**30
     print(f"{len(store):,} rows, {size:.2f} GiB, written in {took:.0f} s", flush=True)
