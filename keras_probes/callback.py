@@ -102,10 +102,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
             (or `<target>_shuffled`). How much worse they do is the table's `selectivity`; what they
             get right in training, a probe knows by heart. It doubles what probes cost. Where data
             are augmented at random before the model, an example is a new one each time and nothing
-            can be known by heart. `"initial"`:
-            probes of the same layers with the weights the model has when they are built, under the
-            name `initial` (or `<target>_initial`): what the architecture gives away before it has
-            learned anything. It costs a second forward pass, and a copy of the model's weights.
+            can be known by heart. `"initial"`: probes of the same layers with the weights the model
+            has when they are built, under the name `initial` (or `<target>_initial`): what the
+            architecture gives away before it has learned anything. It costs a second forward pass,
+            and a copy of the model's weights.
         log_dir: Directory for TensorBoard event files; `None` writes none.
         update_freq: When they get measures of training: `"epoch"`, or a number of batches, after
             which they get those of these batches besides, as with `keras.callbacks.TensorBoard`.
@@ -413,7 +413,6 @@ class LinearProbeCallback(keras.callbacks.Callback):
         """
         saved = Checkpoint.load(path)
         given = dict(saved.settings)
-        # What files of the first version call it.
         code = given.pop("code", ["target"] if given.pop("target_is_code", False) else [])
         for name in code:
             if name not in options:
@@ -421,6 +420,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
                     f"The probes in {os.fspath(path)!r} were trained with a function as {name}=, "
                     f"which a file can't keep. Pass it again: load(path, {name}=...)."
                 )
+        # What files of the first version call it.
         earlier = {"keras_probes>OnePassAdam": keras.optimizers.Adam}
         for name in ("reduce", "optimizer"):
             given[name] = keras.saving.deserialize_keras_object(given[name], earlier)

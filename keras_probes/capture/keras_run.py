@@ -11,7 +11,8 @@ from types import FrameType
 from typing import Any
 
 import keras
-import numpy as np
+
+from keras_probes.taps.batches import arrays_of
 
 
 def calling_lists() -> list[keras.callbacks.CallbackList]:
@@ -40,9 +41,9 @@ def labels_at_hand(host: keras.Model) -> Iterator[Any]:
     """The labels, for training and validation, of the running `fit` of `host` if it has arrays."""
     running = _running(host, "fit") or {}
     for labels in (running.get("y"), running.get("val_y")):
-        arrays = keras.tree.flatten(labels)
-        if arrays and all(hasattr(array, "__array__") for array in arrays):
-            yield keras.tree.map_structure(np.asarray, labels)
+        arrays = arrays_of(labels)
+        if arrays is not None:
+            yield arrays
 
 
 def quiet_progress_bar(hidden: Callable[[], Iterable[str]]) -> None:

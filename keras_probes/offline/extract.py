@@ -23,7 +23,7 @@ from keras_probes.forward import ForwardPass
 from keras_probes.offline.store import DTYPES, FORMAT, ArrayName, FeatureStore
 from keras_probes.probes.targets import WRONG, Evidence, Target, resolve_targets
 from keras_probes.results.schema import versions
-from keras_probes.taps.batches import batches_of, examples_in
+from keras_probes.taps.batches import arrays_of, batches_of, examples_in
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.reduce import RandomFeatures, Reduce
 from keras_probes.taps.select import Selector
@@ -144,10 +144,8 @@ def _labels_at_hand(data: Any) -> list[Any]:
     """The labels of data that are arrays."""
     if not isinstance(data, (tuple, list)):
         return []
-    _, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-    arrays = keras.tree.flatten(y)
-    at_hand = arrays and all(hasattr(array, "__array__") for array in arrays)
-    return [keras.tree.map_structure(np.asarray, y)] if at_hand else []
+    arrays = arrays_of(keras.utils.unpack_x_y_sample_weight(data)[1])
+    return [] if arrays is None else [arrays]
 
 
 class _Writer:

@@ -33,7 +33,7 @@ from keras_probes.probes.targets import (
 )
 from keras_probes.results.schema import Refit, name_of_baseline
 from keras_probes.taps.batches import examples_in
-from keras_probes.taps.plan import TapPlan, check_rows, make_plan
+from keras_probes.taps.plan import ISOLATE, TapPlan, check_rows, make_plan
 from keras_probes.taps.record import Recording
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.rows import other_rows
@@ -41,8 +41,7 @@ from keras_probes.taps.select import Selector
 from keras_probes.taps.within import probed_model
 
 _SEVERAL_VIEWS = (
-    "This step of the model computes another number of examples than there are labels. Use "
-    'mode="isolated", where probes have a forward pass of their own.'
+    f"This step of the model computes another number of examples than there are labels. {ISOLATE}"
 )
 _ROWS_UNKNOWN = (
     "The model's own step calls it with something else than the x that probes know. Eagerly, and "
@@ -452,7 +451,7 @@ class OnlineProbes:
         elif tensors and (reason := other_rows(x, tensors)):
             raise ValueError(
                 f"A step of the model {reason}, so that its features are not those of the labels' "
-                'examples. Use mode="isolated", where probes have a forward pass of their own.'
+                f"examples. {ISOLATE}"
             )
 
     def _say(self, what: Target | str, message: str) -> None:

@@ -120,8 +120,8 @@ class ProbeSet:
         self._standardize.update(x, finite)
         z = self._standardize.standardized(x)
         self._add_up("train", z, finite, labels, weights)
-        batch = tf.cast(tf.shape(finite)[1], tf.float32)
-        self._examples.assign_add(sum_over_replicas(batch))
+        examples = sum_over_replicas(tf.cast(tf.shape(finite)[1], tf.float32))
+        self._examples.assign_add(examples)
 
         gradients = []
         for target in self.targets:
@@ -129,12 +129,12 @@ class ProbeSet:
             logits = [head.logits(of_group) for head, of_group in zip(heads, z, strict=True)]
             weight = finite * weights[target]
             # As in the refit, where the mean is over weights, the penalty weighs as much as they.
-            batch_weight = sum_over_replicas(tf.reduce_sum(weights[target]))
-            penalty = tf.math.divide_no_nan(batch_weight, sum_over_replicas(batch))
+            weight_of_all = sum_over_replicas(tf.reduce_sum(weights[target]))
+            mean_weight = tf.math.divide_no_nan(weight_of_all, examples)
             residual = residual_of(tf.concat(logits, axis=0), labels[target], weight)
             parts = tf.split(residual, [len(group.taps) for group in self._groups])
             for head, of_group, part in zip(heads, z, parts, strict=True):
-                gradients += head.gradients(of_group, part, penalty * self._penalty(head))
+                gradients += head.gradients(of_group, part, mean_weight * self._penalty(head))
         self.optimizer.apply(gradients, self._trainable())
         rate = averaging_rate(tf.convert_to_tensor(self._steps))
         for head in self._heads():

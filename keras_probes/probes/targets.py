@@ -260,7 +260,7 @@ def resolve_targets(
         given = _given(num_classes, name)
         labels = _label_spec(name, select, x_spec, y_spec)
         _refuse_positions(name, select, labels, evidence)
-        loss = _name_of(evidence.loss_of(select))
+        loss = evidence.loss_of(select)
         count = given if given is not None else _infer_classes(select, labels, evidence)
         if count is None:
             raise ValueError(
@@ -269,9 +269,8 @@ def resolve_targets(
                 "model compares an output with. Pass num_classes=."
             )
         _check(name, select, labels, count)
-        ignored = getattr(evidence.loss_of(select), "ignore_class", None)
-        signed = "hinge" in loss and "categorical" not in loss
-        resolved.append(Target(name, select, int(count), ignored, signed, weigh))
+        ignored = getattr(loss, "ignore_class", None)
+        resolved.append(Target(name, select, int(count), ignored, _is_hinge(loss), weigh))
     return resolved
 
 
@@ -376,9 +375,9 @@ def _infer_classes(select: Select, labels: tf.TensorSpec | None, evidence: Evide
     """The number of classes, by what tells it: see above. One column is of two classes."""
     if labels is not None and labels.shape.rank == 2 and (labels.shape[1] or 0) > 1:
         return labels.shape[1]
-    loss = _name_of(evidence.loss_of(select))
-    if "hinge" in loss and "categorical" not in loss:
+    if _is_hinge(evidence.loss_of(select)):
         return 2
+    loss = _name_of(evidence.loss_of(select))
     shape = getattr(_output_of(select, evidence.outputs), "shape", None)
     columns = shape[1] if shape is not None and shape.rank == 2 else None
     # A binary cross-entropy over several columns is of several labels, not of classes.
@@ -387,6 +386,11 @@ def _infer_classes(select: Select, labels: tf.TensorSpec | None, evidence: Evide
     found = [y for y in evidence.labels_of(select) if y.size and y.ndim <= 2]
     highest = [np.nanmax(np.where(y < 0, np.nan, y)) for y in found if np.any(y >= 0)]
     return max(int(max(highest)) + 1, 2) if highest else None
+
+
+def _is_hinge(loss: Any) -> bool:
+    """Whether a loss takes -1 and 1 for two classes."""
+    return "hinge" in _name_of(loss) and "categorical" not in _name_of(loss)
 
 
 def _name_of(loss: Any) -> str:

@@ -93,6 +93,14 @@ def examples_in(batch: Any) -> int:
     return int(tf.nest.flatten(batch)[0].shape[0])
 
 
+def arrays_of(structure: Any) -> Any:
+    """A structure of arrays as NumPy has them; `None` if it is of something else, or empty."""
+    leaves = keras.tree.flatten(structure)
+    if not leaves or not all(hasattr(leaf, "__array__") for leaf in leaves):
+        return None
+    return keras.tree.map_structure(np.asarray, structure)
+
+
 def _as_arrays(part: Any) -> Any:
     """Lists as arrays, which `tf.data` would take for structures."""
     if isinstance(part, Mapping):

@@ -33,7 +33,7 @@ from keras_probes.taps.reduce import (
 )
 from keras_probes.taps.select import Selector, glob_match, nearest, select
 
-_INSTEAD = 'Use mode="isolated", where probes have a forward pass of their own.'
+ISOLATE = 'Use mode="isolated", where probes have a forward pass of their own.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ class TapPlan:
             if tap.site not in recording.tensors:
                 raise ValueError(
                     f"This step of the model does not compute tap {tap.name!r}, which its `call` "
-                    f"at inference does. {_INSTEAD}"
+                    f"at inference does. {ISOLATE}"
                 )
             called = recording.calls[tap.site.layer]
             expected = self.graph.calls[tap.site.layer] * times
@@ -170,7 +170,7 @@ class TapPlan:
                 raise ValueError(
                     f"The layer of tap {tap.name!r} is called {called} times in this step and "
                     f"{expected} times at inference, so that it can't be told which call to probe. "
-                    f"{_INSTEAD}"
+                    f"{ISOLATE}"
                 )
         features = {}
         for reduced in self.taps:
@@ -213,7 +213,7 @@ class TapPlan:
         Raises:
             ValueError: One that needs them does not.
         """
-        spec = merged(any_batch_size(input_spec), input_spec_of(self.host))
+        spec = _traced_spec(self.host, input_spec)
         if spec == self.input_spec:
             return
         found = {tap.name: tap.shape for tap in trace(self.host, spec, self.prefix).taps}
@@ -300,8 +300,7 @@ def make_plan(
         TypeError, ValueError: A selector or reduction is unknown, matches nothing or is
             ambiguous, or a tap's static shape is not enough.
     """
-    declared = input_spec_of(host)
-    spec = declared if input_spec is None else merged(any_batch_size(input_spec), declared)
+    spec = _traced_spec(host, input_spec)
     graph = trace(host, spec, prefix)
     selected = select(graph, layers)
     _check_globs(selected.taps, reduce)
@@ -317,6 +316,12 @@ def make_plan(
         reasons = "; ".join(f"{name!r}: {reason}" for name, reason in left_out.items())
         raise ValueError(f"`layers` picks nothing that can be probed. {reasons}")
     return TapPlan(host, graph, spec, tuple(reduced), prefix, left_out)
+
+
+def _traced_spec(host: keras.Model, input_spec: Any) -> Any:
+    """What a host is traced with: the spec of data, if they are known, or what it declares."""
+    declared = input_spec_of(host)
+    return declared if input_spec is None else merged(any_batch_size(input_spec), declared)
 
 
 def _reduced(place: int, tap: Tap, reduce: Reduce, seed: int) -> ReducedTap:
