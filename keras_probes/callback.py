@@ -487,7 +487,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if self._backups is not None:
             self._backups.remove()
         if self._writer is not None:
-            self._writer.close()
+            self._writer.end(self.results, self._epoch)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         online = self._adopt(self.model) if self._loaded is not None else self._online
@@ -621,8 +621,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if measured.refit is not None:
             self.results.refits.append(measured.refit)
         # Before Keras backs up the host: where its backup is there, ours is.
-        if self._backups is not None and split in ("train", "validation"):
+        if self._backups is not None and split == "train":
             self._backups.write(self._epoch + 1, self._checkpoint())
+        elif self._backups is not None and split == "validation":
+            self._backups.update(self._epoch + 1, self.results)
         return {_log_key(row): row.value for row in rows if row.metric in self.metrics}
 
     def _write_batches(self, writer: TensorBoardWriter, batches: int, every: int) -> None:

@@ -95,6 +95,7 @@ class FeatureStore:
         self.host: dict[str, str] = manifest["host"]
         self.versions: dict[str, str] = manifest["versions"]
         self._keys = _keys(self.manifest)
+        self._seen_whole = False
 
     def __repr__(self) -> str:
         rows = f"{len(self):,} rows" if self.complete else "not complete"
@@ -167,7 +168,9 @@ class FeatureStore:
         )
 
     def check_complete(self) -> None:
-        """Raises a `ValueError` if rows are missing."""
+        """Raises a `ValueError` if rows are missing; looks once, since reads check their chunks."""
+        if self._seen_whole:
+            return
         missing = self.missing_chunks()
         if self.manifest["rows"] is None or missing:
             raise ValueError(
@@ -175,6 +178,7 @@ class FeatureStore:
                 + (f": {len(missing)} chunks of {self.chunk_rows} rows are missing" * bool(missing))
                 + ". Run extract_features again with the same arguments; it goes on where it was."
             )
+        self._seen_whole = True
 
     def missing_chunks(self) -> list[int]:
         """Numbers of the chunks of which some array has no file; empty if no length is known."""

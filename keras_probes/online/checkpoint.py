@@ -4,18 +4,20 @@ In: settings that JSON can hold, NumPy arrays, `ProbeResults`. Out: a zip archiv
 There is no pickle in it, and it is written at once or not at all.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 import zipfile
 from typing import Any
 
 import numpy as np
 
-from keras_probes.results.files import write_whole
+from keras_probes.results.files import replacing
 from keras_probes.results.record import ProbeResults
 
 _FORMAT = 1
@@ -38,9 +40,13 @@ class Checkpoint:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file; an earlier one under this name is there until all of it is."""
-        path, file = pathlib.Path(path), io.BytesIO()
+        path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(file, "w") as archive, tempfile.TemporaryDirectory() as results:
+        with (
+            replacing(path) as file,
+            zipfile.ZipFile(file, "w") as archive,
+            tempfile.TemporaryDirectory() as results,
+        ):
             settings = {"format": _FORMAT, **self.settings}
             archive.writestr(_SETTINGS, json.dumps(settings, indent=1))
             with archive.open(_ARRAYS, "w", force_zip64=True) as arrays:
@@ -48,7 +54,6 @@ class Checkpoint:
             self.results.save(results)
             for part in sorted(pathlib.Path(results).iterdir()):
                 archive.write(part, _RESULTS + part.name)
-        write_whole(path, file.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Checkpoint":
@@ -96,10 +101,16 @@ class Backups:
         The host's own backup of an epoch may be written before ours or after it: whichever of the
         two epochs it goes on at, its probes are there.
         """
+        shutil.rmtree(self._results(epoch), ignore_errors=True)
         checkpoint.save(self._path(epoch))
-        for path in self._directory.glob("epoch-*.probes"):
-            if path not in (self._path(epoch), self._path(epoch - 1)):
-                path.unlink()
+        kept = {self._path(epoch).stem, self._path(epoch - 1).stem}
+        for path in self._directory.glob("epoch-*"):
+            if path.stem not in kept:
+                _remove(path)
+
+    def update(self, epoch: int, results: ProbeResults) -> None:
+        """Keeps what was measured since `write`, in which the probes themselves stayed the same."""
+        results.save(self._results(epoch))
 
     def read(self, epoch: int) -> Checkpoint | None:
         """Returns the state with which `epoch` begins; `None` where nothing came before it.
@@ -108,7 +119,11 @@ class Backups:
             ValueError: There are backups, but none of this epoch.
         """
         if self._path(epoch).exists():
-            return Checkpoint.load(self._path(epoch))
+            checkpoint = Checkpoint.load(self._path(epoch))
+            with contextlib.suppress(FileNotFoundError):
+                later = ProbeResults.load(self._results(epoch))
+                checkpoint = dataclasses.replace(checkpoint, results=later)
+            return checkpoint
         kept = sorted(path.name for path in self._directory.glob("epoch-*.probes"))
         if epoch and kept:
             raise ValueError(
@@ -120,8 +135,18 @@ class Backups:
 
     def remove(self) -> None:
         """Deletes all of them, since the fit has come to its end."""
-        for path in self._directory.glob("epoch-*.probes"):
-            path.unlink()
+        for path in self._directory.glob("epoch-*"):
+            _remove(path)
 
     def _path(self, epoch: int) -> pathlib.Path:
         return self._directory / f"epoch-{epoch:05d}.probes"
+
+    def _results(self, epoch: int) -> pathlib.Path:
+        return self._path(epoch).with_suffix(".results")
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

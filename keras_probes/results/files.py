@@ -4,13 +4,15 @@ In: a `ProbeResults`. Out: a directory with `probes.json`, the measures as CSV a
 npz, and back again. There is no pickle in it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -33,14 +35,15 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
         arrays: dict[str, Any] = {}
         for place, probe in enumerate(results.probes.values()):
             arrays[f"kernel_{place}"], arrays[f"bias_{place}"] = probe.kernel, probe.bias
-        file = io.BytesIO()
-        np.savez(file, **arrays)
-        contents["probes"] = (file.getvalue(), "npz")
+        npz = io.BytesIO()
+        np.savez(npz, **arrays)
+        contents["probes"] = (npz.getvalue(), "npz")
     files = {}
     for name, (content, ending) in contents.items():
         digest = hashlib.sha256(content).hexdigest()
         files[name] = {"name": f"{name}-{digest[:16]}.{ending}", "sha256": digest}
-        write_whole(directory / files[name]["name"], content)
+        with replacing(directory / files[name]["name"]) as file:
+            file.write(content)
     manifest = {
         "format": _FORMAT,
         "files": files,
@@ -53,7 +56,8 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
         "refits": [dataclasses.asdict(refit) for refit in results.refits],
         "left_out": results.left_out,
     }
-    write_whole(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+    with replacing(directory / _MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=1).encode())
     kept = {file["name"] for file in files.values()}
     for stale in (*directory.glob("measures-*.csv"), *directory.glob("probes-*.npz")):
         if stale.name not in kept:
@@ -101,11 +105,12 @@ def load(directory: str | os.PathLike) -> ProbeResults:
         raise ValueError(f"{directory / _MANIFEST} is damaged: {error!r}.") from error
 
 
-def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that under its name there is all of it or what was there before."""
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` once it is whole, and not before."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

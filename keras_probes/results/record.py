@@ -60,7 +60,10 @@ class ProbeResults:
         left_out: Mapping[str, str] | None = None,
     ):
         self.taps = list(taps)
-        self.rows = list(rows)
+        self._rows: list[Row] = []
+        # The latest row of each tap: by target and metric, then by split and epoch.
+        self._passes: dict[tuple[str | None, str], dict[tuple[str, int], dict[str, Row]]] = {}
+        self.add(rows)
         self.probes = dict(probes or {})
         self.reductions = dict(reductions or {})
         self.graph = list(graph)
@@ -71,10 +74,18 @@ class ProbeResults:
 
     def add(self, rows: Iterable[Row]) -> None:
         """Takes further measures into the record."""
-        self.rows.extend(rows)
+        for row in rows:
+            self._rows.append(row)
+            passes = self._passes.setdefault((row.target, row.metric), {})
+            passes.setdefault((row.split, row.epoch), {})[row.tap] = row
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """All measures, in order of time."""
+        return self._rows
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     def frame(self) -> pd.DataFrame:
         """Returns all measures, tidy: one row for each.
@@ -134,15 +145,10 @@ class ProbeResults:
                 "Nothing to show: no epoch of `fit` has ended with these probes in it."
             )
         name = self.resolve_target(target)
-        rows = [
-            row
-            for row in self.rows
-            if row.target == name and row.metric == metric and epoch in (None, row.epoch)
-        ]
-        found = {row.split for row in rows}
+        passes = self._passes.get((name, metric), {})
+        found = {of_pass for of_pass, at in passes if epoch in (None, at)}
         wanted = split or next((s for s in reversed(SPLITS) if s in found), None)
-        # In order of time, so that the latest stays.
-        latest = {row.tap: row for row in rows if row.split == wanted}
+        latest = self.latest(metric, name, split=wanted, epoch=epoch)
         if not latest:
             of_target = [row for row in self.rows if row.target == name]
             raise ValueError(
@@ -154,6 +160,28 @@ class ProbeResults:
             )
         taps = [tap.name for tap in self.taps if tap.name in latest]
         return self._frame([latest[tap] for tap in taps]).set_index("tap")
+
+    def latest(
+        self,
+        metric: str,
+        target: str | None,
+        *,
+        split: str | None = None,
+        epoch: int | None = None,
+    ) -> dict[str, Row]:
+        """Returns the latest row of each tap, by its name; none where nothing was measured.
+
+        Args:
+            metric: Which measure.
+            target: Which target or baseline, by its own name.
+            split: Which split; any by default.
+            epoch: Which epoch, from 0; any by default.
+        """
+        latest: dict[str, Row] = {}
+        for (of_split, of_epoch), rows in self._passes.get((target, metric), {}).items():
+            if split in (None, of_split) and epoch in (None, of_epoch):
+                latest |= rows
+        return latest
 
     def history(
         self, metric: str = "error", *, split: str | None = None, target: str | None = None
@@ -172,18 +200,19 @@ class ProbeResults:
             ValueError: As `measured`.
         """
         latest = self.measured(metric, split=split, target=target)
-        key = (metric, latest["split"].iloc[0], self.resolve_target(target))
-        rows = [row for row in self.rows if (row.metric, row.split, row.target) == key]
-        values = pd.DataFrame({"tap": r.tap, "epoch": r.epoch, "value": r.value} for r in rows)
-        table = values.pivot_table(
-            index="tap", columns="epoch", values="value", aggfunc="last", dropna=False
-        )
-        return table.reindex(latest.index)
+        passes = self._passes[self.resolve_target(target), metric]
+        values = {
+            epoch: {tap: row.value for tap, row in rows.items()}
+            for (of_split, epoch), rows in passes.items()
+            if of_split == latest["split"].iloc[0]
+        }
+        table = pd.DataFrame(values, index=latest.index).sort_index(axis="columns")
+        return table.rename_axis(columns="epoch")
 
     @property
     def targets(self) -> list[str | None]:
         """The names of the targets, baselines left out; `[None]` of a single, unnamed one."""
-        names = dict.fromkeys(row.target for row in self.rows)
+        names = dict.fromkeys(target for target, _ in self._passes)
         # A target of the user's may be called as a baseline that was not asked for.
         asked = str(self.settings.get("baselines", "" if self.settings else BASELINES))
         measured = [baseline for baseline in BASELINES if baseline in asked]
@@ -196,7 +225,7 @@ class ProbeResults:
         Raises:
             ValueError: There are several and none is named, or it is unknown.
         """
-        known, names = dict.fromkeys(row.target for row in self.rows), self.targets
+        known, names = dict.fromkeys(name for name, _ in self._passes), self.targets
         if target is None and len(names) > 1:
             raise ValueError(
                 f"There are several targets. Name one of {', '.join(map(repr, names))} as target=."

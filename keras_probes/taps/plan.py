@@ -33,6 +33,7 @@ from keras_probes.taps.reduce import (
 )
 from keras_probes.taps.select import Selector, glob_match, nearest, select
 
+_OTHER_ROWS = "another_number_of_examples_than_labels.use_mode_isolated"
 ISOLATE = 'Use mode="isolated", where probes have a forward pass of their own.'
 
 
@@ -271,7 +272,9 @@ def check_rows(features: tf.Tensor, labels: tf.Tensor, message: str) -> tf.Tenso
         raise ValueError(message)
     rows = tf.shape(features)[0], tf.shape(labels)[0]
     with tf.control_dependencies([tf.debugging.assert_equal(*rows, message)]):
-        return tf.identity(features)
+        checked = tf.identity(features)
+    # XLA drops the assertion; it fails here, and says the name.
+    return tf.reshape(checked, (rows[1], features.shape[1]), name=_OTHER_ROWS)
 
 
 def make_plan(

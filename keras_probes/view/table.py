@@ -38,14 +38,9 @@ def table(
     ).set_index("name")
     table.index.name = "tap"
     table["shape"] = [tap.shape_text for tap in results.taps]
-    known = {
-        (row.split, row.target)
-        for row in results.rows
-        if row.metric == metric and epoch in (None, row.epoch)
-    }
     left_out = {name: pd.Series(0, table.index) for name in ("nonfinite", "unlabelled")}
     for split in SPLITS:
-        if (split, name) not in known:
+        if not results.latest(metric, name, split=split, epoch=epoch):
             continue
         rows = results.measured(metric, split=split, epoch=epoch, target=name)
         table[f"{split} {metric}"] = rows["value"]
@@ -53,10 +48,11 @@ def table(
             table[f"{split} ±95%"] = (rows["ci_high"] - rows["ci_low"]) / 2
         for baseline in BASELINES:
             other = name_of_baseline(baseline, name)
-            if (split, other) not in known:
+            at = int(rows["epoch"].max())
+            of_other = results.latest(metric, other, split=split, epoch=at)
+            if not of_other:
                 continue
-            latest = int(rows["epoch"].max())
-            values = results.measured(metric, split=split, epoch=latest, target=other)["value"]
+            values = pd.Series({tap: row.value for tap, row in of_other.items()})
             is_initial = baseline == "initial"
             column = "initial" if is_initial else "selectivity"
             table[f"{split} {column}"] = values if is_initial else values - rows["value"]
@@ -67,9 +63,11 @@ def table(
         table["certificate"] = certificate
     table["converged"] = certificate <= CONVERGED  # and not where nothing is known
     for once in ONCE:
-        of_tap = {r.tap: r.value for r in results.rows if (r.metric, r.target) == (once, name)}
-        if of_tap:
-            values = pd.Series(of_tap).reindex(table.index)
+        of_once = results.latest(once, name)
+        if of_once:
+            values = pd.Series({tap: row.value for tap, row in of_once.items()}).reindex(
+                table.index
+            )
             table[once] = values == 1.0 if once == "converged" else values
     return table.assign(**{kind: count for kind, count in left_out.items() if count.any()})
 
@@ -140,7 +138,7 @@ def _metric(results: ProbeResults) -> str:
 def _without_features(results: ProbeResults, target: str | None) -> str:
     """What the measure in the table comes to for who sees no feature, as a sentence."""
     metric = _metric(results)
-    last = [row for row in results.rows if (row.target, row.metric) == (target, metric)][-1]
+    last = next(r for r in reversed(results.rows) if (r.target, r.metric) == (target, metric))
     return (
         f"{last.split} {metric} without features: {last.majority:.4f} by class frequencies, "
         f"{last.chance:.4f} by chance"

@@ -7,6 +7,7 @@ host itself; one run with the table and the pictures of each epoch; and the sett
 
 import html
 import io
+import itertools
 import math
 import os
 import re
@@ -56,6 +57,7 @@ class TensorBoardWriter:
         self._directory = os.path.join(os.fspath(log_dir), "probes")
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
         self._last, self._ahead, self._begun = -1, 0, False
+        self._drawn = -1  # the last step with pictures
         self._described = False  # whether the settings are written
 
     def begin(self) -> None:
@@ -63,8 +65,13 @@ class TensorBoardWriter:
         self._begun = False
 
     def write(self, results: ProbeResults, epoch: int, split: str | None = None) -> None:
-        """Writes all measures of `epoch`, or those of a split, and flushes them to disk."""
-        rows = [r for r in results.rows if r.epoch == epoch and split in (None, r.split)]
+        """Writes all measures of `epoch`, or those of a split, and flushes them to disk.
+
+        Pictures are drawn of the first nine epochs, then of every tenth, from a hundred on of every
+        hundredth, and of a split: TensorBoard shows ten of them.
+        """
+        latest = itertools.takewhile(lambda row: row.epoch == epoch, reversed(results.rows))
+        rows = [row for row in reversed(list(latest)) if split in (None, row.split)]
         if not rows:
             return
         if not self._begun:
@@ -76,15 +83,21 @@ class TensorBoardWriter:
             if math.isfinite(of_host):
                 with self._writer(_HOST).as_default():
                     tf.summary.scalar(tag, of_host, step=step)
-        with self._writer(_TOGETHER).as_default():
-            for target in results.targets:
-                self._write_together(results, target, epoch, step)
+        self._write_tables(results, epoch, step)
+        if split is not None or (step + 1) % 10 ** (len(str(step + 1)) - 1) == 0:
+            self._draw(results, epoch, step)
         for writer in self._writers.values():
             writer.flush()
 
     def write_batches(self, results: ProbeResults) -> None:
         """Writes measures of some batches, all up to the same step."""
         self._write_scalars(results, results.rows, results.rows[0].step, "_by_batch")
+
+    def end(self, results: ProbeResults, epoch: int) -> None:
+        """Draws the pictures of the last epoch, if they are not there, and closes the files."""
+        if self._begun and self._drawn != self._last:
+            self._draw(results, epoch, self._last)
+        self.close()
 
     def close(self) -> None:
         """Closes the event files."""
@@ -112,25 +125,30 @@ class TensorBoardWriter:
             with self._writer(run).as_default():
                 tf.summary.scalar(_tag(row, suffix), row.value, step=step)
 
-    def _write_together(
-        self, results: ProbeResults, target: str | None, epoch: int, step: int
-    ) -> None:
-        """The table, the errors by depth and the coloured graph, with the measure asked for first.
+    def _write_tables(self, results: ProbeResults, epoch: int, step: int) -> None:
+        """Those of the measure asked for first."""
+        with self._writer(_TOGETHER).as_default():
+            for target in results.targets:
+                metric = _metric(results, target)
+                table = results.table(metric, epoch=epoch, target=target)
+                tf.summary.text(f"{_by_layer(metric, target)}/table", _markdown(table), step=step)
 
-        Pictures are left out where what draws them is not installed.
-        """
-        metric = next(row.metric for row in results.rows if row.target == target)
-        name = f"{name_of_measure(metric, target)}_by_layer"
-        table = results.table(metric, epoch=epoch, target=target)
-        tf.summary.text(f"{name}/table", _markdown(table), step=step)
-        asked: dict[str, Any] = {"metric": metric, "epoch": epoch, "target": target}
+    def _draw(self, results: ProbeResults, epoch: int, step: int) -> None:
+        """Its errors by depth and the coloured graph, as far as what draws them is installed."""
+        self._drawn = step
         if find_spec("matplotlib") is None:
             return
-        curve = _depth_curve(results, metric=metric, epochs=[epoch], target=target)
-        tf.summary.image(f"{name}/depth", _image(curve), step=step)
-        if shutil.which("dot") and find_spec("pydot") and results.graph:
-            graph = graph_of(results, condensed=True, **asked)
-            tf.summary.image(f"{name}/graph", _image(rendered(graph, "png")), step=step)
+        with self._writer(_TOGETHER).as_default():
+            for target in results.targets:
+                metric = _metric(results, target)
+                name = _by_layer(metric, target)
+                curve = _depth_curve(results, metric=metric, epochs=[epoch], target=target)
+                tf.summary.image(f"{name}/depth", _image(curve), step=step)
+                if shutil.which("dot") and find_spec("pydot") and results.graph:
+                    graph = graph_of(
+                        results, condensed=True, metric=metric, epoch=epoch, target=target
+                    )
+                    tf.summary.image(f"{name}/graph", _image(rendered(graph, "png")), step=step)
 
     def _writer(self, run: str) -> tf.summary.SummaryWriter:
         if run not in self._writers:
@@ -141,6 +159,15 @@ class TensorBoardWriter:
 
 def _tag(row: Row, suffix: str = "") -> str:
     return f"{name_of_measure(row.metric, row.target)}{suffix}/{row.split}"
+
+
+def _metric(results: ProbeResults, target: str | None) -> str:
+    """The measure that was asked for first."""
+    return next(row.metric for row in results.rows if row.target == target)
+
+
+def _by_layer(metric: str, target: str | None) -> str:
+    return f"{name_of_measure(metric, target)}_by_layer"
 
 
 def _depth_curve(results: ProbeResults, **asked: Any) -> bytes:

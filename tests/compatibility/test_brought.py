@@ -380,20 +380,49 @@ class Reversed(Encoder):
         return CE(y, self(0.7 * x + 0.3 * x[::-1], training=True))
 
 
+class Swapped(Encoder):
+    def losses_of(self, x, y):
+        half = tf.shape(x)[0] // 2
+        return CE(y, self(tf.concat([x[half:], x[:half]], axis=0), training=True))
+
+
+@tf.function(autograph=False)
+def reversed_within(x):
+    return tf.reverse(x, [0])
+
+
+@tf.function(autograph=False)
+def halved_within(x):
+    return x / 2
+
+
+class ReversedWithin(Encoder):
+    def losses_of(self, x, y):
+        return CE(reversed_within(y), self(reversed_within(x), training=True))
+
+
+class HalvedWithin(Encoder):
+    def losses_of(self, x, y):
+        return CE(y, self(halved_within(x), training=True))
+
+
 class Scaled(Encoder):
     def losses_of(self, x, y):
         return CE(y, self(x * tf.random.uniform((tf.shape(x)[0], 1), 0.9, 1.1), training=True))
 
 
-@pytest.mark.parametrize("kind", [NoiseFirst, Scaled])
+@pytest.mark.parametrize("kind", [NoiseFirst, Scaled, HalvedWithin])
 def test_the_call_on_x_is_read(tabular, kind):
     x, y = tabular
     probes = fitted(compiled(kind()), x, y, "enc", epochs=4)
     assert errors(probes, "train")["enc"] < 0.2
-    assert bool(probes.results.refits[-1].left_out) == (kind is Scaled)
+    assert bool(probes.results.refits[-1].left_out) == (kind is not NoiseFirst)
 
 
-@pytest.mark.parametrize("kind", [LayersOnNoiseFirst, LayersOnNoiseAlone, Shuffled, Reversed])
+@pytest.mark.parametrize(
+    "kind",
+    [LayersOnNoiseFirst, LayersOnNoiseAlone, Shuffled, Reversed, Swapped, ReversedWithin],
+)
 def test_other_rows_are_refused_with_what_helps(tabular, kind):
     x, y = tabular
     with pytest.raises(ValueError, match="isolated"):

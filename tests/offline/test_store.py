@@ -125,7 +125,7 @@ def test_a_missing_chunk_is_named_and_never_filled_in(damaged):
         features[-1]
     assert not store.complete
     with pytest.raises(ValueError, match="1 chunks of 1024 rows are missing"):
-        store.features("input")
+        FeatureStore(damaged).features("input")
 
 
 def test_what_is_no_store(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from hosts import compiled, convnet, dense_net
 
 from keras_probes import LinearProbeCallback, RandomFeatures
+from keras_probes.online.checkpoint import Backups
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -198,6 +199,7 @@ from sklearn.datasets import load_digits
 from keras import layers
 from hosts import compiled
 from keras_probes import LinearProbeCallback, RandomFeatures
+from keras_probes.online.checkpoint import Backups
 
 directory, kill_at, ours_first, validated = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4]
 bunch = load_digits()
@@ -277,6 +279,28 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path, kill_at, ours_first, val
     again = run(broken, "", ours_first, validated)
     assert again.returncode == 0, again.stderr[-2000:]
     assert contents(broken) == contents(whole)
+
+
+def test_arrays_are_backed_up_once_an_epoch_and_what_was_measured_with_it(digits, tmp_path):
+    (x, y), validation = digits
+    probes = LinearProbeCallback("dense", backup_dir=tmp_path)
+
+    class Stop(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            self.written = (tmp_path / "epoch-00001.probes").stat()
+
+        def on_epoch_end(self, epoch, logs=None):
+            assert (tmp_path / "epoch-00001.probes").stat() == self.written
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        compiled(dense_net()).fit(
+            x, y, epochs=2, validation_data=validation, callbacks=[probes, Stop()], verbose=0
+        )
+    backup = Backups(tmp_path).read(1)
+    assert {row.split for row in backup.results.rows} == {"train", "validation"}
+    Backups(tmp_path).write(1, backup)  # of another run: what the first measured is gone
+    assert os.listdir(tmp_path) == ["epoch-00001.probes"]
 
 
 def test_a_backup_of_another_epoch_is_refused(digits, tmp_path):

@@ -13,6 +13,7 @@ from scipy.stats import binomtest, kendalltau, norm
 from sklearn.utils import check_random_state
 
 from keras_probes import diagnose
+from keras_probes.results.record import ProbeResults
 from keras_probes.view.diagnose import ALPHA, CHECKS, _holm, _kendall, _p_above
 from keras_probes.view.plots import plot_curves, plot_depth, plot_heatmap
 from keras_probes.view.table import as_bars
@@ -83,8 +84,8 @@ def test_accuracy_that_falls_towards_the_head():
 
 def with_training(errors, train, **options):
     results = results_of(errors, **options)
-    results.rows = results_of(train, split="train").rows + results.rows
-    return results
+    rows = [*results_of(train, split="train").rows, *results.rows]
+    return ProbeResults(results.taps, rows, graph=results.graph)
 
 
 def test_overfitted_probes():
@@ -117,11 +118,11 @@ def diverged(errors, from_place):
     """Results of a host that computes NaN from a layer on."""
     made = results_of(errors)
     bad = set(list(errors)[from_place:])
-    made.rows = [
+    rows = [
         dataclasses.replace(row, value=math.nan, n=0, nonfinite=1000) if row.tap in bad else row
         for row in made.rows
     ]
-    return made
+    return ProbeResults(made.taps, rows, graph=made.graph)
 
 
 def test_features_that_are_not_finite():

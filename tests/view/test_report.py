@@ -83,7 +83,8 @@ def test_unknown_values_are_gaps(tmp_path):
 
 def test_other_metric_and_title(tmp_path):
     made = results_of({"input": 1.2, "out": 0.3})
-    made.rows = [Row(**{**vars(row), "metric": "loss"}) for row in made.rows]
+    rows = [Row(**{**vars(row), "metric": "loss"}) for row in made.rows]
+    made = ProbeResults(made.taps, rows, graph=made.graph)
     page = made.report(tmp_path / "p.html", metric="loss", title="Mine").read_text(encoding="utf-8")
     assert "<title>Mine</title>" in page
     assert numbers(page)[0]["metric"] == "loss, nats"

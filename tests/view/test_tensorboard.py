@@ -34,7 +34,8 @@ TOGETHER = {"probes", "probes/all layers", "probes/the model itself"}
 
 def read(log_dir):
     """`{run: {tag: [(step, value), ...]}}`, as TensorBoard would show it."""
-    events = EventMultiplexer().AddRunsFromDirectory(str(log_dir)).Reload()
+    every = {"tensors": 0}
+    events = EventMultiplexer(size_guidance=every).AddRunsFromDirectory(str(log_dir)).Reload()
     return {
         run: {
             tag: [
@@ -125,6 +126,18 @@ def test_table_curve_and_graph_of_each_epoch(digits, tmp_path):
     (text,) = run["probe_error_by_layer/table"][1][1].ravel()
     error = probes.results.table(epoch=1)["validation error"]["input"]
     assert f"| {error:.4g} |" in text.decode().splitlines()[2]
+
+
+def test_pictures_are_drawn_of_few_epochs_and_the_last(tmp_path):
+    writer, results = TensorBoardWriter(tmp_path), results_of({"input": [0.5] * 23})
+    writer.begin()
+    for epoch in range(23):
+        writer.write(results_of({"input": [0.5] * (epoch + 1)}), epoch)
+    writer.end(results, 22)
+    run = read(tmp_path)["probes/all layers"]
+    drawn = [step for step, _ in run["probe_error_by_layer/depth"]]
+    assert drawn == [*range(10), 19, 22]
+    assert len(run["probe_error_by_layer/table"]) == 23
 
 
 def test_names_in_the_table_are_escaped(tmp_path):
