@@ -120,7 +120,7 @@ class Steps:
         fresh = self._prepared(kind, parts, of_replica)
         shared = [o for o in observers if not o.isolated]
         isolated = [o for o in observers if o.isolated]
-        step = self._shared(kind, shared, plain) if shared else plain
+        step = self._shared(kind, shared, plain, of_replica) if shared else plain
         one_by_one = bool(isolated) or (replicated and kind == "train")
         if not (one_by_one or fresh or keeping):
             return step(iterator)
@@ -156,7 +156,9 @@ class Steps:
                     observer.check((None, part) for part in _in_parts(labels))
         return fresh
 
-    def _shared(self, kind: Kind, observers: list[Observer], plain: Callable) -> Callable:
+    def _shared(
+        self, kind: Kind, observers: list[Observer], plain: Callable, spec: Any
+    ) -> Callable:
         """The host's function, compiled anew with the observers inside of its step."""
         host = self._host
         host_step = getattr(host, f"{kind}_step")
@@ -177,7 +179,7 @@ class Steps:
 
         def make() -> Callable:
             if kind == "train":
-                _build_optimizer(host)
+                _build_state(host, spec)
             in_place = getattr(host, f"{kind}_function")
             with _instance_attribute(host, f"{kind}_step", step):
                 getattr(host, f"make_{kind}_function")(force=True)
@@ -261,14 +263,24 @@ def has_own_step(host: keras.Model) -> bool:
     return type(host).train_step is not keras.Model.train_step
 
 
-def _build_optimizer(host: keras.Model) -> None:
-    """Makes the optimizer's slots: TensorFlow throws away the first trace of what makes variables.
+def _build_state(host: keras.Model, spec: Any) -> None:
+    """Makes the optimizer's slots and the metrics, before a step is traced that would.
 
-    Left to the host where it has a step of its own, which may do without.
+    TensorFlow throws away the first trace of what makes variables. Left to the host where it has a
+    step of its own, which may do without.
+
+    Args:
+        host: The model.
+        spec: Structure of `tf.TensorSpec` of a batch.
     """
-    if not has_own_step(host) and not host.optimizer.built:
-        with host.distribute_strategy.scope():
+    if has_own_step(host):
+        return
+    with host.distribute_strategy.scope():
+        if not host.optimizer.built:
             host.optimizer.build(host.trainable_variables)
+        # As Keras itself does under a strategy. What can't be built so, the first trace builds.
+        with contextlib.suppress(Exception):
+            host._symbolic_build(data_batch=spec)
 
 
 def _of_replica(spec: Any) -> Any:

@@ -24,8 +24,6 @@ STEP_CALLS = 10**8  # of a step: its many small calls
 PARAMETER_COST = 150  # of a parameter in a step, which reads and writes it a dozen times
 PASSES = 12  # of the solver, as they are planned
 MARGIN = 2.5  # times as many where they are needed: the next refits need fewer
-EXAMPLES_PER_FEATURE = 4  # of a tap; more change nothing that an interval can tell
-EXAMPLES_PER_CLASS = 100
 
 Sizes = Sequence[tuple[int, int]]  # features and classes of each probe
 
@@ -76,12 +74,8 @@ class Costs:
         """
         once = self.work * self.passes + sum(prepare_cost(features) for features, _ in self.sizes)
         budget = max(share * self.of_host(examples), MIN_REFIT)
-        useful = max(
-            EXAMPLES_PER_FEATURE * features + EXAMPLES_PER_CLASS * classes
-            for features, classes in self.sizes
-        )
         too_many = bisect.bisect_right(
-            range(min(available, useful) + 1), budget,
+            range(available + 1), budget,
             key=lambda n: n * once + PASSES * self._of_pass(n),
         )  # fmt: skip
         n = max(2, too_many - 1)

@@ -243,6 +243,11 @@ class SoftmaxHeads(keras.layers.Layer):
             _put(variable, place, weights[-1:])
         _put(self.l2, place, l2)
 
+    def shrink(self, factor: tf.Tensor) -> None:
+        """Multiplies W and b, and their averages, by a number for each tap, shape (n_taps,)."""
+        for variable in (of for pair in self.averaged for of in pair):
+            variable.assign(factor[:, None, None] * variable)
+
     def average(self, rate: tf.Tensor) -> None:
         """Takes the optimizer's weights into the average."""
         for variable, mean in self.averaged:

@@ -119,7 +119,8 @@ class ProbeSet:
         x, finite = self._finite(self._stacked(features))
         self._standardize.update(x, finite)
         z = self._standardize.standardized(x)
-        self._add_up("train", z, finite, labels, weights)
+        sums = self._add_up("train", z, finite, labels, weights)
+        self._shrink_the_lost(sums)
         examples = sum_over_replicas(tf.cast(tf.shape(finite)[1], tf.float32))
         self._examples.assign_add(examples)
 
@@ -139,6 +140,26 @@ class ProbeSet:
         rate = averaging_rate(tf.convert_to_tensor(self._steps))
         for head in self._heads():
             head.average(rate)
+
+    def _shrink_the_lost(self, sums: tf.Tensor) -> None:
+        """Shrinks the probes that do worse on a batch than guessing, beyond what chance explains.
+
+        The host moves on after a refit. A probe that rests on directions in which its features
+        hardly vary is soon as wrong as it was sure, and the optimizer's steps take long to bring it
+        back. The loss of such a probe is about proportional to W and b.
+
+        Args:
+            sums: Of the batch, as `_add_up` returns them.
+        """
+        count, weight, loss = (
+            sums[:, SUMS.index(name)] for name in ("count", "weight", "weighted_loss")
+        )
+        classes = [heads.num_classes for heads in self._heads() for _ in range(heads.n_taps)]
+        of_guess = weight * (tf.constant(np.log(classes)) + tf.math.rsqrt(count))
+        factor = tf.where(loss > of_guess, 0.5 * of_guess / loss, 1.0)
+        parts = tf.split(factor, [heads.n_taps for heads in self._heads()])
+        for heads, part in zip(self._heads(), parts, strict=True):
+            heads.shrink(tf.cast(part, tf.float32))
 
     def _penalty(self, heads: SoftmaxHeads) -> tf.Tensor:
         """The l2 penalties of a step, shape (n_taps, 1, 1)."""
@@ -280,8 +301,8 @@ class ProbeSet:
         finite: tf.Tensor,
         labels: Labels,
         weights: Labels,
-    ) -> None:
-        """Takes a batch into the sums."""
+    ) -> tf.Tensor:
+        """Takes a batch into the sums; returns its own, a row a probe."""
         rows = []
         for target in self.targets:
             pairs = zip(self._groups, z, strict=True)
@@ -292,7 +313,9 @@ class ProbeSet:
             counted = self._labels[kind, target]
             of_class = tf.one_hot(labels[target], counted.shape[0], dtype=tf.float64)
             counted.assign_add(sum_over_replicas(tf.reduce_sum(of_class, axis=0)))
-        self._sums[kind].assign_add(sum_over_replicas(tf.concat(rows, axis=0)))
+        of_batch = sum_over_replicas(tf.concat(rows, axis=0))
+        self._sums[kind].assign_add(of_batch)
+        return of_batch
 
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
         """Starts a new epoch of training, or a new evaluation."""

@@ -24,8 +24,7 @@ import tensorflow as tf
 from keras_probes.probes.path import PENALTIES, choose_penalty
 from keras_probes.probes.solver import RANK, Fit, Problem, fit_softmax
 
-TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
-SEARCH_TOL = 2e-3  # while penalties are compared: a fit that stops early looks like a stronger one
+TOL = 2e-3  # nats: on averages of a first layer, 1e-2 is worth two points of error
 HELD_OUT = 8  # one example in so many chooses the penalty
 OTHERS = 3.0  # times what is in the sample: what earlier probes know of the rest, at most
 GAIN = 5e-3  # nats on the eighth that another penalty has to bring; less is luck
@@ -166,7 +165,7 @@ def _searched(
     if known:
         begin = np.abs(np.log(PENALTIES[:, None] / l2)).argmin(axis=0)
     places, found = choose_penalty(
-        others, lambda tried: held.losses(tried)[0], PENALTIES, begin, start=start, tol=SEARCH_TOL,
+        others, lambda tried: held.losses(tried)[0], PENALTIES, begin, start=start, tol=TOL,
         max_passes=max_passes, step=1 if known else FIRST_STEP, gain=GAIN if known else 0.0,
     )  # fmt: skip
     whole.passes += others.passes

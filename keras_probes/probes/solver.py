@@ -220,9 +220,9 @@ class Basis:
         shift = 1e-6 * np.maximum(np.linalg.norm(sketch, axis=(1, 2)), 1e-30)[:, None, None]
         shifted = sketch + shift * probe
         core = np.einsum("ij,tik->tjk", probe, shifted)
-        values, vectors = np.linalg.eigh((core + core.swapaxes(1, 2)) / 2)
+        values, vectors = _eigh((core + core.swapaxes(1, 2)) / 2)
         half = shifted @ (vectors / np.sqrt(np.maximum(values, shift[:, 0] * 1e-3)[:, None]))
-        squares, turn = np.linalg.eigh(half.swapaxes(1, 2) @ half)
+        squares, turn = _eigh(half.swapaxes(1, 2) @ half)
         squares = np.maximum(squares, 1e-30)[:, None]
         # Less than that float32 does not distinguish from nothing.
         least = MIN_VARIANCE * squares.max(axis=(1, 2), keepdims=True)
@@ -489,6 +489,16 @@ def fit_softmax(
         steps=descent.steps,
         converged=at_optimum,
     )
+
+
+def _eigh(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and eigenvectors, by TensorFlow.
+
+    The threads of NumPy's LAPACK wait for each other busily: where others compute too, as the host
+    does, the small ones of here took a hundred times as long.
+    """
+    values, vectors = tf.linalg.eigh(tf.constant(symmetric))
+    return values.numpy(), vectors.numpy()
 
 
 def _inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ class Watcher(keras.callbacks.Callback):
         self.kept = []
         self.total = tf.Variable(0.0)
         self.examples = tf.Variable(0)
-        self.prepared, self.ended = 0, []
+        self.prepared, self.traced, self.ended = 0, 0, []
 
     def set_model(self, model):
         super().set_model(model)
@@ -65,6 +65,7 @@ class Watcher(keras.callbacks.Callback):
         return [self.model.get_layer("flat")]
 
     def observe(self, kind, recording, data):
+        self.traced += 1
         tensor = recording.tensors[Site(self.model.get_layer("flat"), "output")]
         self.total.assign_add(tf.reduce_sum(tensor))
         self.examples.assign_add(tf.shape(tensor)[0])
@@ -195,6 +196,17 @@ def test_the_step_is_compiled_once_over_fits(digits, isolated):
     model.fit(x, y, callbacks=[watcher], verbose=0)
     assert all(joint._steps._made[key][1] is not made for key, made in functions.items())
     assert watcher.prepared == 3
+
+
+def test_a_step_is_traced_once(digits):
+    """Keras makes slots and metrics in the first trace, which TensorFlow then throws away."""
+    (x, y), _ = digits
+    watcher, model = Watcher(), compiled(dense_net())
+    model.fit(x, y, batch_size=40, callbacks=[watcher], verbose=0)
+    assert watcher.traced == 1
+    compiled(model)
+    model.fit(x, y, batch_size=40, callbacks=[watcher], verbose=0)
+    assert watcher.traced == 2
 
 
 def test_the_calling_list_is_found_through_a_wrapping_callback(digits):

@@ -456,6 +456,30 @@ def test_training_rows_are_sane(digits, rate, batch_size):
         assert history[f"probe_error/{tap}"][-1] < history[f"val_probe_error/{tap}"][-1] + 0.05
 
 
+@pytest.mark.parametrize("batch_size", [16, 4])
+def test_training_rows_of_averages_are_sane(digits, batch_size):
+    """Probes of averages rest on what hardly varies: the host moves on, and they do not know yet."""
+    (x, y), validation = digits
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(32, 3, name="conv1"),
+            layers.ReLU(),
+            layers.Conv2D(64, 3, name="conv2"),
+            layers.Flatten(),
+            layers.Dense(10, activation="softmax", name="out"),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(1e-2), "sparse_categorical_crossentropy")
+    probes = LinearProbeCallback(["conv1", "conv2"], reduce="gap")
+    history = model.fit(
+        x, y, batch_size, 6, callbacks=[probes], validation_data=validation, verbose=0
+    ).history
+    for tap in ("conv1", "conv2"):
+        assert max(history[f"probe_loss/{tap}"]) < 1.2 * np.log(10)
+        assert max(history[f"val_probe_loss/{tap}"]) < 0.6 * np.log(10)
+
+
 def rendered(printed):
     """The lines that a terminal shows of a text with returns and backspaces."""
     lines = []
