@@ -26,7 +26,8 @@ from keras_probes.offline.fit import fit_probes
 from keras_probes.offline.store import FeatureStore
 from keras_probes.online.checkpoint import Backups, Checkpoint
 from keras_probes.online.measured import rows_of, rows_of_batches
-from keras_probes.online.probes import OnlineProbes, Settings, mebibytes
+from keras_probes.online.probes import OnlineProbes, mebibytes
+from keras_probes.online.settings import Settings
 from keras_probes.online.waiting import waiting
 from keras_probes.probes.measures import METRICS
 from keras_probes.probes.probe_set import Sums

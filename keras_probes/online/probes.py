@@ -8,7 +8,7 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -19,6 +19,7 @@ from keras_probes.capture.keras_run import labels_at_hand
 from keras_probes.capture.steps import Kind, Part, has_own_step
 from keras_probes.online.measured import Measured
 from keras_probes.online.refit import Progress, Refitter, Snapshot, costs_of
+from keras_probes.online.settings import Settings
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Sums, memory_of, parameters_of
 from keras_probes.probes.targets import (
@@ -35,9 +36,7 @@ from keras_probes.results.schema import Refit, name_of_baseline
 from keras_probes.taps.batches import examples_in
 from keras_probes.taps.plan import ISOLATE, TapPlan, check_rows, make_plan
 from keras_probes.taps.record import Recording
-from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.rows import other_rows
-from keras_probes.taps.select import Selector
 from keras_probes.taps.within import probed_model
 
 _SEVERAL_VIEWS = (
@@ -52,31 +51,6 @@ _NO_STEP = (
     "No batch of this epoch reached the probes: the model's own train_function does not call its "
     'train_step. Use mode="isolated".'
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the user asked for, as `LinearProbeCallback` takes it."""
-
-    layers: Selector
-    reduce: Reduce
-    target: Any
-    num_classes: int | Mapping[str, int] | None
-    optimizer: keras.optimizers.Optimizer | str | None
-    isolated: bool
-    sample_weight: Callable[[Any, Any, Any], Any] | None
-    every: int | str
-    baselines: tuple[str, ...]
-    seed: int
-    refit: float
-    model: Any = None
-    unpack: int | Callable[[Any], Any] | None = None
-
-    def described(self) -> dict[str, Any]:
-        """What was asked for, as results keep it."""
-        asked = {**vars(self), "mode": "isolated" if self.isolated else "shared"}
-        del asked["isolated"]
-        return {name: _described(value) for name, value in asked.items() if value not in (None, ())}
 
 
 class OnlineProbes:
@@ -100,7 +74,7 @@ class OnlineProbes:
     def __init__(self, host: keras.Model, settings: Settings):
         self.host = host
         self.isolated = settings.isolated
-        self.unpack = _unpacking(settings.unpack)
+        self.unpack = settings.unpacking()
         self.targets: list[Target] = []
         self._settings = settings
         self._plan: TapPlan | None = None
@@ -515,28 +489,6 @@ class OnlineProbes:
                 'fewer features with reduce="gap" or reduce="auto" (at most 1,000 a tap), choose '
                 "fewer layers, or set memory_limit on the callback, in bytes."
             )
-
-
-def _unpacking(select: int | Callable[[Any], Any] | None) -> Callable[[Any], tuple[Any, Any, Any]]:
-    unpack = keras.utils.unpack_x_y_sample_weight
-    if select is None:
-        return unpack
-    if callable(select):
-        return lambda data: unpack(select(data))
-    return lambda data: unpack(data[select])
-
-
-def _described(value: Any) -> Any:
-    """A setting as JSON and TensorBoard take it: objects and functions by name."""
-    if isinstance(value, (str, bool, int, float)) or value is None:
-        return value
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_described(of_key)}" for key, of_key in value.items())
-    if isinstance(value, Sequence):
-        return ", ".join(str(_described(item)) for item in value)
-    if isinstance(value, keras.Operation):
-        return f"{type(value).__name__} {value.name}"
-    return getattr(value, "__qualname__", type(value).__name__)
 
 
 def _of_today(

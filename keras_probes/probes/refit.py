@@ -24,7 +24,10 @@ import tensorflow as tf
 from keras_probes.probes.path import PENALTIES, choose_penalty
 from keras_probes.probes.solver import RANK, Fit, Problem, fit_softmax
 
-TOL = 2e-3  # nats: on averages of a first layer, 1e-2 is worth two points of error
+TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
+# While penalties are compared, since a fit that stops early looks like a stronger one; and for
+# narrow taps, whose passes cost little: averages of a first layer turn 1e-2 into two points of error.
+FINE_TOL = 2e-3
 HELD_OUT = 8  # one example in so many chooses the penalty
 OTHERS = 3.0  # times what is in the sample: what earlier probes know of the rest, at most
 GAIN = 5e-3  # nats on the eighth that another penalty has to bring; less is luck
@@ -105,8 +108,9 @@ def refit(
         penalties, found = _searched(whole, order, begin, l2, passes)
     # The first probes there are come of a few steps, and stand for nothing.
     trust = np.where(l2 > 0, OTHERS * (1.0 - kept), 0.0)
+    tol = FINE_TOL if z.shape[2] <= NARROW else TOL
     fit = fit_softmax(
-        whole, penalties, start=found, near=begin, trust=trust, tol=TOL,
+        whole, penalties, start=found, near=begin, trust=trust, tol=tol,
         max_passes=max(passes - whole.passes, passes // 2),
     )  # fmt: skip
     weights_there, fallen = back(fit)
@@ -165,7 +169,7 @@ def _searched(
     if known:
         begin = np.abs(np.log(PENALTIES[:, None] / l2)).argmin(axis=0)
     places, found = choose_penalty(
-        others, lambda tried: held.losses(tried)[0], PENALTIES, begin, start=start, tol=TOL,
+        others, lambda tried: held.losses(tried)[0], PENALTIES, begin, start=start, tol=FINE_TOL,
         max_passes=max_passes, step=1 if known else FIRST_STEP, gain=GAIN if known else 0.0,
     )  # fmt: skip
     whole.passes += others.passes

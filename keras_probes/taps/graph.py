@@ -10,25 +10,19 @@ Functional, Sequential, nested and subclassed.
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_probes.taps.flow import Flow, root_of
 from keras_probes.taps.record import Recording, Site, operations_of, record_calls
 from keras_probes.taps.work import multiplications
 
-# Operations that read how large a tensor is, not what it holds: no path of data.
-SHAPE_OPS = frozenset({"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"})
 # The host is traced with this many examples, which tells its batch dimension from any other: no
 # layer is likely to be as wide, and a host may split its batch by every number up to 12.
 _BATCH = 27720
-# Operations whose output holds the values of their first input, moved, padded or retyped.
-_SAME_VALUE_OPS = frozenset(
-    {"Cast", "ExpandDims", "Identity", "IdentityN", "MirrorPad", "Pad", "PadV2", "PreventGradient"}
-    | {"Reshape", "Snapshot", "Squeeze", "StopGradient", "Transpose"}
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +172,7 @@ def trace(host: keras.Model, input_spec: Any, prefix: str = "") -> HostGraph:
         traced(None)  # builds them, for any batch size
     batch = fixed[0] if fixed else _BATCH
     graph = traced(batch)
-    recording.paths = {site: prefix + path for site, path in recording.paths.items()}
+    recording.notes.paths = {site: prefix + path for site, path in recording.notes.paths.items()}
     read = _read(graph, recording, outputs, batch, free=not fixed)
     # What loops compute has no static shape, but each weight is of use at least once.
     work = max(multiplications(graph.get_operations()) // batch, host.count_params())
@@ -194,7 +188,7 @@ def call_at_inference(host: keras.Model, inputs: Any) -> Any:
 
 
 def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free: bool) -> HostGraph:
-    flow = _Flow(graph, recording.sources, {id(mask) for mask in recording.masks})
+    flow = Flow(graph, recording.sources, {id(mask) for mask in recording.notes.masks})
     depths = flow.depths(recording.tensors.values())
     rows = {batch, None}  # what is not known while tracing, a step looks at
     seen = {
@@ -223,7 +217,7 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free:
             continue
         if same[tap.name] == tap.name:
             distinct.add(tap.name)
-        root = _root(tensor, recording.repeats)
+        root = root_of(tensor, recording.notes.repeats)
         if id(tensor) in cuts and root not in roots:
             roots.add(root)
             auto.add(tap.name)
@@ -239,11 +233,11 @@ def _read(graph: tf.Graph, recording: Recording, outputs: Any, batch: int, free:
 
 
 def _masked(
-    taps: Iterable[Tap], seen: Mapping[Site, tf.Tensor], flow: "_Flow", recording: Recording
+    taps: Iterable[Tap], seen: Mapping[Site, tf.Tensor], flow: Flow, recording: Recording
 ) -> dict[str, keras.Operation]:
     """As `HostGraph.masked`."""
     layers = {id(mask): layer for layer, mask in recording.mask_taken.items()}
-    masks = flow.masks({key: mask for key, (_, mask) in recording.mask_of.items()})
+    masks = flow.masks({key: mask for key, (_, mask) in recording.notes.mask_of.items()})
     masked = {}
     for tap in taps:
         found = masks.get(id(seen[tap.site]), {})
@@ -267,7 +261,7 @@ def _unread(
             unread[layer.name] = _why_no_tap(seen[layer])
         else:
             reason = "the model never calls it at inference"
-            unread[layer.name] = recording.unseen.get(layer, reason)
+            unread[layer.name] = recording.notes.unseen.get(layer, reason)
     return unread
 
 
@@ -295,118 +289,6 @@ def _shape(tensor: tf.Tensor, free: set[int | None]) -> tuple[int | None, ...] |
     return (None, *sizes[1:]) if sizes and sizes[0] in free else sizes
 
 
-class _Flow:
-    """The flow of data through a traced graph, from the host's input on.
-
-    Args:
-        graph: The graph.
-        sources: Tensors of the host's input.
-        masks: Ids of tensors that are masks: what to leave out, not what there is.
-    """
-
-    def __init__(self, graph: tf.Graph, sources: list[tf.Tensor], masks: set[int]):
-        self._operations = graph.get_operations()  # in topological order
-        self._sources = sources
-        self._masks = masks
-
-    def _above(self, tensor: tf.Tensor) -> Iterator[tf.Tensor]:
-        """The tensors whose values an operation's output depends on, shapes and masks apart."""
-        if tensor.op.type not in SHAPE_OPS:
-            yield from (t for t in _inputs_of(tensor) if id(t) not in self._masks)
-
-    def depths(self, recorded: Iterable[tf.Tensor]) -> dict[int, int]:
-        """Longest path from an input, counted in recorded tensors, for each tensor that has one."""
-        is_recorded = {id(t) for t in recorded}
-        depths = {id(t): 0 for t in self._sources}
-        for operation in self._operations:
-            for tensor in operation.outputs:
-                above = [depths[id(t)] for t in self._above(tensor) if id(t) in depths]
-                if above:
-                    depths.setdefault(id(tensor), max(above) + (id(tensor) in is_recorded))
-        return depths
-
-    def above(self, recorded: Iterable[tf.Tensor]) -> dict[int, list[int]]:
-        """For each recorded tensor, those that it is computed from, none of them between."""
-        is_recorded = {id(t) for t in recorded}
-        nearest: dict[int, dict[int, None]] = {id(t): {} for t in self._sources}
-        for operation in self._operations:
-            for tensor in operation.outputs:
-                found = nearest.setdefault(id(tensor), {})
-                for t in self._above(tensor):
-                    found.update({id(t): None} if id(t) in is_recorded else nearest[id(t)])
-        return {key: list(nearest[key]) for key in is_recorded}
-
-    def masks(self, noted: Mapping[int, tf.Tensor]) -> dict[int, dict[int, tf.Tensor]]:
-        """For each tensor its own mask, or those of the tensors it is computed from.
-
-        Args:
-            noted: Masks by the id of their tensor.
-
-        Returns:
-            By the id of a tensor, masks by their own id; for tensors that have any.
-        """
-        found = {id(t): {id(noted[id(t)]): noted[id(t)]} for t in self._sources if id(t) in noted}
-        for operation in self._operations:
-            for tensor in operation.outputs:
-                of: dict[int, tf.Tensor] = {}
-                for above in self._above(tensor):
-                    of |= found.get(id(above), {})
-                if id(tensor) in noted:
-                    of = {id(noted[id(tensor)]): noted[id(tensor)]}
-                if of:
-                    found[id(tensor)] = of
-        return found
-
-    def cut_points(self, output: tf.Tensor) -> set[int]:
-        """The tensors that every path of data from the sources to `output` runs through.
-
-        Tensors on such a path are laid out in topological order. One of them is a cut exactly where
-        no edge jumps over its position: a path that jumps u -> w over v reaches the output without
-        v, and a path that avoids v has to jump over it somewhere.
-        """
-        needed = {id(output)}
-        for operation in reversed(self._operations):
-            for tensor in operation.outputs:
-                if id(tensor) in needed:
-                    needed.update(id(t) for t in self._above(tensor))
-
-        positions = {id(t): place for place, t in enumerate(self._sources) if id(t) in needed}
-        edges = [(-1, position) for position in positions.values()]
-        for operation in self._operations:
-            for tensor in operation.outputs:
-                above = [positions[id(t)] for t in self._above(tensor) if id(t) in positions]
-                if above and id(tensor) in needed and id(tensor) not in positions:
-                    positions[id(tensor)] = len(positions) + len(self._sources)
-                    edges += [(start, positions[id(tensor)]) for start in above]
-
-        jumps: dict[int, int] = defaultdict(int)  # change in the number of edges overhead
-        for start, end in edges:
-            jumps[start + 1] += 1
-            jumps[end] -= 1
-        cuts, overhead, last = set(), 0, -1
-        for tensor_id, position in sorted(positions.items(), key=lambda item: item[1]):
-            overhead += sum(jumps[p] for p in range(last + 1, position + 1))
-            last = position
-            if overhead == 0:
-                cuts.add(tensor_id)
-        return cuts
-
-
-def _inputs_of(tensor: tf.Tensor) -> Sequence[tf.Tensor]:
-    """What an operation makes `tensor` of."""
-    if tensor.op.type == "IdentityN":  # how a custom gradient ends, as under a RematScope
-        return (tensor.op.inputs[tensor.value_index],)
-    return tensor.op.inputs
-
-
-def _root(tensor: tf.Tensor, repeats: Mapping[int, tf.Tensor]) -> int:
-    """Identifies the tensor whose values `tensor` repeats, perhaps in another shape or scale."""
-    while id(tensor) in repeats or tensor.op.type in _SAME_VALUE_OPS:
-        same = repeats.get(id(tensor))
-        tensor = _inputs_of(tensor)[0] if same is None else same
-    return id(tensor)
-
-
 def _taps(
     tensors: dict[Site, tf.Tensor],
     recording: Recording,
@@ -414,9 +296,9 @@ def _taps(
     free_sizes: set[int | None],
 ) -> Iterator[Tap]:
     """Names the recorded tensors: `#k` for repeated calls of a path, `[j]` for several outputs."""
-    paths = recording.paths
-    ids = {_root(tensor, {}) for tensor in recording.ids}
-    maps = {id(tensor) for tensor in recording.maps}
+    paths = recording.notes.paths
+    ids = {root_of(tensor, {}) for tensor in recording.notes.ids}
+    maps = {id(tensor) for tensor in recording.notes.maps}
     calls: dict[tuple[str, bool], list[tuple[keras.Operation, int]]] = defaultdict(list)
     indices: dict[tuple[keras.Operation, str, int], set[int]] = defaultdict(set)
     for site in tensors:
@@ -430,9 +312,9 @@ def _taps(
         several = len(indices[site.layer, site.role, site.call]) > 1 or site.index > 0
         suffix = ":preactivation" if site.role == "preactivation" else ""
         which_call = f"#{same_path.index((site.layer, site.call))}" if len(same_path) > 1 else ""
-        which_output = f"[{recording.keys[site]}]" if several else ""
+        which_output = f"[{recording.notes.keys[site]}]" if several else ""
         unreadable = ""
-        if tensor.dtype.is_integer and _root(tensor, {}) in ids:
+        if tensor.dtype.is_integer and root_of(tensor, {}) in ids:
             unreadable = "token ids, which stand for things and are no amounts"
         elif id(tensor) in maps:
             unreadable = "an attention map"

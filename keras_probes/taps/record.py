@@ -53,25 +53,43 @@ class Site:
 
 
 @dataclasses.dataclass
+class Notes:
+    """What was seen besides tensors, which naming and choosing taps takes.
+
+    Attributes:
+        paths: The names of the layers being called around each site and its own, joined by `/`;
+            the host's own name is left out.
+        keys: What a tensor is called among several at one site: its key in a dict, or its place.
+        masks: What was handed to layers as a mask.
+        mask_of: By the id of a tensor, that and the mask it had when a layer took it; attention
+            takes masks off.
+        ids: What was handed to layers that look it up, as token ids are.
+        maps: Attention maps: how much each step attends to each other one.
+        repeats: By the id of a tensor, the one that it is but for the scale of its channels.
+        unseen: Layers that were called and whose outputs can't be used, with the reason.
+    """
+
+    paths: dict[Site, str] = dataclasses.field(default_factory=dict)
+    keys: dict[Site, str] = dataclasses.field(default_factory=dict)
+    masks: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    mask_of: dict[int, tuple[tf.Tensor, tf.Tensor]] = dataclasses.field(default_factory=dict)
+    ids: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    maps: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    repeats: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
+    unseen: dict[keras.Operation, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
 class Recording:
     """Tensors seen in one forward pass, in the order in which they came to be.
 
     Attributes:
         tensors: The tensor at each site.
-        paths: The names of the layers being called around each site and its own, joined by `/`;
-            the host's own name is left out.
-        keys: What a tensor is called among several at one site: its key in a dict, or its place.
         sources: The host's input, a sparse or ragged one by its parts.
         on_x: Whether that is the x of the data, as it is or as Keras casts it.
-        masks: What was handed to layers as a mask.
-        mask_of: By the id of a tensor, that and the mask it had when a layer took it; attention
-            takes masks off.
         mask_taken: By layer, the first mask of what it took.
-        ids: What was handed to layers that look it up, as token ids are.
-        maps: Attention maps: how much each step attends to each other one.
-        repeats: By the id of a tensor, the one that it is but for the scale of its channels.
         calls: How often each layer was called, and the host itself.
-        unseen: Layers that were called and whose outputs can't be used, with the reason.
+        notes: What was seen besides.
 
     What a step calls besides the host (a layer on generated images, what is recomputed for the
     gradient) is left out, unless it does not call the host at all. So are calls of the host before
@@ -79,18 +97,11 @@ class Recording:
     """
 
     tensors: dict[Site, tf.Tensor] = dataclasses.field(default_factory=dict)
-    paths: dict[Site, str] = dataclasses.field(default_factory=dict)
-    keys: dict[Site, str] = dataclasses.field(default_factory=dict)
     sources: list[tf.Tensor] = dataclasses.field(default_factory=list)
     on_x: bool = False
-    masks: list[tf.Tensor] = dataclasses.field(default_factory=list)
-    mask_of: dict[int, tuple[tf.Tensor, tf.Tensor]] = dataclasses.field(default_factory=dict)
     mask_taken: dict[keras.Operation, tf.Tensor] = dataclasses.field(default_factory=dict)
-    ids: list[tf.Tensor] = dataclasses.field(default_factory=list)
-    maps: list[tf.Tensor] = dataclasses.field(default_factory=list)
-    repeats: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
     calls: Counter[keras.Operation] = dataclasses.field(default_factory=Counter)
-    unseen: dict[keras.Operation, str] = dataclasses.field(default_factory=dict)
+    notes: Notes = dataclasses.field(default_factory=Notes)
 
 
 def operations_of(host: keras.Model) -> list[keras.Operation]:
@@ -183,7 +194,7 @@ class _Recorder:
                 inputs = args[0] if args else next(iter(kwargs.values()))
                 return self._call_host(*_in_order(layer, inputs), lambda: original(*args, **kwargs))
             masks = [value for name, value in kwargs.items() if name.endswith("mask")]
-            self.recording.masks += keras.tree.flatten(masks)
+            self.recording.notes.masks += keras.tree.flatten(masks)
             self._note_masks(layer, args, kwargs)
             self._stack.append(layer)
             try:
@@ -191,7 +202,7 @@ class _Recorder:
                 usable = self._add(layer, "output", outputs)
                 self.recording.calls[layer] += usable
                 if not usable:
-                    self.recording.unseen[layer] = self._why_unseen(outputs)
+                    self.recording.notes.unseen[layer] = self._why_unseen(outputs)
                 self._describe(layer, args, outputs)
             finally:
                 self._stack.pop()
@@ -208,9 +219,9 @@ class _Recorder:
         # What was called before was not the host, or not on the data.
         if not self.recording.calls[self._host] or (on_x and not self.recording.on_x):
             self.recording.tensors.clear()
-            self.recording.paths.clear()
+            self.recording.notes.paths.clear()
             self.recording.calls.clear()
-            self.recording.mask_of.clear()
+            self.recording.notes.mask_of.clear()
             self.recording.mask_taken.clear()
             self.recording.sources, self.recording.on_x = parts, on_x
         self._in_host = True
@@ -229,7 +240,7 @@ class _Recorder:
             if not (isinstance(tensor, tf.Tensor) and isinstance(mask, tf.Tensor)):
                 continue
             if self._counts(tensor) and mask.shape.rank == 2:
-                self.recording.mask_of.setdefault(id(tensor), (tensor, mask))
+                self.recording.notes.mask_of.setdefault(id(tensor), (tensor, mask))
                 self.recording.mask_taken.setdefault(layer, mask)
 
     def _why_unseen(self, outputs: Any) -> str:
@@ -241,15 +252,15 @@ class _Recorder:
     def _describe(self, layer: keras.Operation, args: tuple, outputs: Any) -> None:
         """Notes what kind of tensors a layer takes and returns."""
         if isinstance(layer, _OF_IDS):
-            self.recording.ids += [t for t in keras.tree.flatten(args) if self._is_here(t)]
+            self.recording.notes.ids += [t for t in keras.tree.flatten(args) if self._is_here(t)]
         single = bool(args) and all(
             isinstance(of, tf.Tensor) and self._is_here(of) for of in (args[0], outputs)
         )
         if isinstance(layer, _AFFINE) and single:
-            self.recording.repeats[id(outputs)] = args[0]
+            self.recording.notes.repeats[id(outputs)] = args[0]
         inner = len(self._stack) > 1 and not isinstance(self._stack[-2], keras.Model)
         if isinstance(layer, keras.layers.Softmax) and inner and single and outputs.shape.rank == 4:
-            self.recording.maps.append(outputs)
+            self.recording.notes.maps.append(outputs)
 
     def around_activation(self, layer: keras.Operation, original: Callable) -> Callable:
         def activation(inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -277,8 +288,8 @@ class _Recorder:
                 seen = True
                 site = Site(layer, role, self.recording.calls[layer], index)
                 self.recording.tensors.setdefault(site, tensor)
-                self.recording.paths.setdefault(site, path)
-                self.recording.keys.setdefault(site, keys[index])
+                self.recording.notes.paths.setdefault(site, path)
+                self.recording.notes.keys.setdefault(site, keys[index])
         return seen
 
     def _counts(self, tensor: tf.Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_probes.taps.graph import SHAPE_OPS
+from keras_probes.taps.flow import SHAPE_OPS
 
 _AXES = {"GatherV2": 2, "ReverseV2": 1, "Roll": 2, "ConcatV2": -1}  # input that holds the axes
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})

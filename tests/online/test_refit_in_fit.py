@@ -458,7 +458,7 @@ def test_training_rows_are_sane(digits, rate, batch_size):
 
 @pytest.mark.parametrize("batch_size", [16, 4])
 def test_training_rows_of_averages_are_sane(digits, batch_size):
-    """Probes of averages rest on what hardly varies: the host moves on, and they do not know yet."""
+    """They rest on what hardly varies, and know of it only once the host has moved on."""
     (x, y), validation = digits
     model = keras.Sequential(
         [
