@@ -26,7 +26,7 @@ from keras_probes.probes.solver import RANK, Fit, Problem, fit_softmax
 
 TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
 # While penalties are compared, since a fit that stops early looks like a stronger one; and for
-# narrow taps, whose passes cost little: averages of a first layer turn 1e-2 into two points of error.
+# narrow taps, whose passes cost little: averages of a first layer make two points of error of 1e-2.
 FINE_TOL = 2e-3
 HELD_OUT = 8  # one example in so many chooses the penalty
 OTHERS = 3.0  # times what is in the sample: what earlier probes know of the rest, at most
