@@ -40,6 +40,7 @@ from keras_probes.results.schema import (
     name_of_measure,
     versions,
 )
+from keras_probes.taps.batches import batches_of
 from keras_probes.taps.graph import has_call, input_spec_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector, nearest
@@ -127,7 +128,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
             zipped (unlabelled, labelled) data: 1.
 
     Attributes:
-        memory_limit: Bytes that all probes together may take, 2 GiB unless set otherwise.
+        memory_limit: Bytes that all probes together may take, 2 GiB unless set otherwise. The
+            sample of the refit takes up to 512 MiB besides, `baselines=["initial"]` a copy of the
+            model's weights.
 
     Raises:
         ValueError: An argument is not one of its choices. What depends on the model or the data
@@ -321,9 +324,14 @@ class LinearProbeCallback(keras.callbacks.Callback):
         """
         online, asked = self._built(), self._settings
         plan = online.plan
+        # Of a network within the host, the host's own `fit` preprocesses the data.
+        preprocess = getattr(online.host, "preprocess_samples", None)
+        within = preprocess is not None and online.probed is not online.host
         with tempfile.TemporaryDirectory() as directory:
 
             def store(name: str, part: Any) -> FeatureStore:
+                if within:
+                    part = batches_of(part, batch_size, preprocess).dataset
                 return extract_features(
                     online.probed,
                     part,

@@ -2,7 +2,7 @@
 
 In: the stack of calls below a callback. Out: the running `fit` or `evaluate`, its labels, how it
 returns. Held by tests: both keep their callbacks in a `CallbackList` called `callbacks`, and `fit`
-its labels in `y` and `val_y`.
+its labels in `y` and `val_y`, its weights in `sample_weight` and `val_sample_weight`.
 """
 
 import sys
@@ -37,13 +37,17 @@ def evaluate_returns_list(host: keras.Model) -> bool:
     return running is not None and not running.get("return_dict", False)
 
 
-def labels_at_hand(host: keras.Model) -> Iterator[Any]:
-    """The labels, for training and validation, of the running `fit` of `host` if it has arrays."""
+def labels_at_hand(host: keras.Model) -> Iterator[tuple[Any, Any]]:
+    """The labels of the running `fit` of `host`, for training and validation, if it has arrays.
+
+    Yields:
+        Labels, and their sample weights, `None` where these are no arrays.
+    """
     running = _running(host, "fit") or {}
-    for labels in (running.get("y"), running.get("val_y")):
-        arrays = arrays_of(labels)
-        if arrays is not None:
-            yield arrays
+    for prefix in ("", "val_"):
+        labels = arrays_of(running.get(f"{prefix}y"))
+        if labels is not None:
+            yield labels, arrays_of(running.get(f"{prefix}sample_weight"))
 
 
 def quiet_progress_bar(hidden: Callable[[], Iterable[str]]) -> None:

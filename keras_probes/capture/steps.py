@@ -153,7 +153,7 @@ class Steps:
         for labels in labels_at_hand(self._host):
             for observer in fresh:
                 if observer.unpack is keras.utils.unpack_x_y_sample_weight:
-                    observer.check((None, part) for part in _in_parts(labels))
+                    observer.check((None, *part) for part in _in_parts(labels))
         return fresh
 
     def _shared(
@@ -294,9 +294,11 @@ def _layers(observers: Iterable[Observer]) -> list[keras.Operation]:
 
 
 def _in_parts(arrays: Any, rows: int = 2**16) -> Iterator[Any]:
-    """Slices of a structure of arrays, so that a look at them needs little memory."""
-    for start in range(0, max(map(len, keras.tree.flatten(arrays))), rows):
-        yield keras.tree.map_structure(lambda array, s=start: array[s : s + rows], arrays)
+    """Slices of a structure of arrays and `None`, so that a look at them needs little memory."""
+    some = [array for array in keras.tree.flatten(arrays) if array is not None]
+    for start in range(0, max(map(len, some)), rows):
+        part = slice(start, start + rows)
+        yield keras.tree.map_structure(lambda of, at=part: None if of is None else of[at], arrays)
 
 
 @contextlib.contextmanager

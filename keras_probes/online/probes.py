@@ -347,7 +347,7 @@ class OnlineProbes:
         # The loss of a host says nothing of the outputs of a network within it.
         outputs = self.plan.graph.outputs if self.probed is self.host else None
         labels = labels_at_hand(self.host) if self._settings.unpack is None else ()
-        return Evidence(outputs, getattr(self.host, "loss", None), list(labels))
+        return Evidence(outputs, getattr(self.host, "loss", None), [y for y, _ in labels])
 
     def _add_snapshot(self, plan: TapPlan, targets: list[Target]) -> None:
         classes = {target.name: target.num_classes for target in targets}
@@ -359,13 +359,13 @@ class OnlineProbes:
         missing, wrong, total = (Counter[Target]() for _ in range(3))
         examples: dict[Target, Any] = {}
         for data in batches:
-            x, y, _ = self.unpack(data)
+            x, y, weights = self.unpack(data)
             if x is not None and not all(reduced.tap.by_example for reduced in self.plan.taps):
                 # Before the first step, since an optimised graph may fail elsewhere first.
                 self.plan.check_rows(self.plan.features_of(x), self.targets[0].labels(x, y))
             for target in self.targets:
-                if x is not None or not callable(target.select):
-                    labels = target.labels(x, y)
+                if x is not None or not (callable(target.select) or target.weigh):
+                    labels, _ = target.labels_and_weights(x, y, weights)
                     missing[target] += int(tf.math.count_nonzero(labels == MISSING))
                     total[target] += len(labels)
                     if tf.reduce_any(labels == WRONG):

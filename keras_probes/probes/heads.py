@@ -175,8 +175,9 @@ class SoftmaxHeads(keras.layers.Layer):
         super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
         self.n_taps, self.n_features, self.num_classes = n_taps, n_features, num_classes
         kernel, bias = (n_taps, n_features, num_classes), (n_taps, 1, num_classes)
-        self.kernel = self.add_weight(kernel, "zeros", name="kernel")
-        self.bias = self.add_weight(bias, "zeros", name="bias")
+        trained = {**SAME, "trainable": True}
+        self.kernel = self.add_weight(kernel, "zeros", name="kernel", **trained)
+        self.bias = self.add_weight(bias, "zeros", name="bias", **trained)
         self.mean_kernel = self.add_weight(kernel, "zeros", name="mean_kernel", **SAME)
         self.mean_bias = self.add_weight(bias, "zeros", name="mean_bias", **SAME)
         # The l2 penalties that refits chose; 0 before the first.

@@ -177,6 +177,7 @@ def trace(host: keras.Model, input_spec: Any, prefix: str = "") -> HostGraph:
     # What loops compute has no static shape, but each weight is of use at least once.
     work = max(multiplications(graph.get_operations()) // batch, host.count_params())
     unread = _unread(operations_of(host), recording, {tap.site.layer for tap in read.taps})
+    unread = {prefix + name: reason for name, reason in unread.items()}
     return dataclasses.replace(read, unread=unread, work=work)
 
 

@@ -207,8 +207,8 @@ def _named(graph: HostGraph, name: str) -> set[str]:
             f"The name {name!r} in `layers` is ambiguous: the layer is called several times or "
             f"returns several tensors. Name one or more of {choices}."
         )
-    if name.rsplit("/", 1)[-1] in graph.unread:
-        why = graph.unread[name.rsplit("/", 1)[-1]]
+    unread = {layer.rsplit("/", 1)[-1]: why for layer, why in graph.unread.items()}
+    if why := unread.get(name.rsplit("/", 1)[-1]):
         raise ValueError(f"The layer {name!r} in `layers` can't be probed: {why}.")
     raise ValueError(
         f"Unknown layer in `layers`. Received: {name!r}. {nearest(name, sorted(names))}"

@@ -485,6 +485,21 @@ def test_a_host_without_a_call(tabular, taps, mode):
     assert list(probes.refit((x, y), l2=1e-2, validation=None, verbose=False).table().index)
 
 
+def test_what_an_inner_network_leaves_out_has_its_name_before_it(tabular):
+    x, y = tabular
+
+    host = Autoencoder()
+    host.encoder.add(layers.Lambda(lambda x: x > 0, name="signs"))
+    host.encoder.add(layers.Lambda(lambda x: tf.cast(x, "float32"), name="back"))
+    host.compile("adam")
+    probes = LinearProbeCallback("all", num_classes=2)
+    host.fit(x, y, verbose=0, callbacks=[probes])
+    assert list(probes.results.left_out) == ["encoder/signs"]
+    for name in ("encoder/signs", "signs"):
+        with pytest.raises(ValueError, match="can't be probed: its output is of dtype bool"):
+            LinearProbeCallback(["encoder/code", name], num_classes=2).summary(host)
+
+
 def test_the_inner_network_and_the_part_of_the_data_can_be_named(tabular):
     x, y = tabular
     pairs = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
@@ -573,6 +588,22 @@ def test_missing_labels_are_left_out_counted_and_said_once(tabular, missing, as_
     known = np.arange(320) % 7 != 0
     assert errors(probes)["input"] == by_hand(probes, "input", x[known], y[known])
     assert (probes.results.measured("error")["n"] == 274).all()
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_what_has_no_weight_may_have_any_label(tabular, as_dataset):
+    x, y = tabular
+    padding = np.arange(320) % 5 == 0
+    y, weights = np.where(padding, 99, y), np.where(padding, 0.0, 1.0)
+    data, options = (x, y), {"sample_weight": weights}
+    if as_dataset:
+        data, options = (tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(32),), {}
+    model = dense(2, lambda y, u: tf.reduce_mean(u**2, -1))
+    probes = LinearProbeCallback("input", num_classes=2)
+    model.fit(*data, epochs=2, verbose=0, callbacks=[probes], **options)
+    train = probes.results.measured("error", split="train").loc["input"]
+    assert (train["n"], train["unlabelled"]) == (256, 0)
+    assert probes.results.refits[-1].left_out == {}
 
 
 def test_a_target_function_can_say_that_there_is_none(tabular):

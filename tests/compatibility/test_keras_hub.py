@@ -85,6 +85,15 @@ def test_a_text_classifier_on_strings(mode, tmp_path):
     assert store.features(last).shape == (64, 8)
 
 
+def test_a_network_within_a_task_is_refitted_on_what_its_fit_makes_of_strings():
+    x, y = texts()
+    model = compiled(bert())
+    probes = LinearProbeCallback("transformer_layer_0", model=lambda m: m.backbone)
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[probes])
+    refitted = probes.refit((x, y), validation=None, test=None, l2=1e-4, verbose=False)
+    assert refitted.table()["train error"].iloc[0] <= probes.results.table()["train error"].iloc[0]
+
+
 def test_an_image_classifier_sees_what_fit_makes_of_images(tmp_path):
     rng = np.random.default_rng(8)
     x = rng.integers(0, 256, (64, 20, 20, 3)).astype("float32")

@@ -101,11 +101,18 @@ class FindLabels(keras.callbacks.Callback):
 def test_the_labels_of_a_fit_are_in_its_frame(digits, split):
     (x, y), (x_val, y_val) = digits
     find, model = FindLabels(), compiled(dense_net())
+    weights = np.arange(len(y))
     given = {"validation_split": 0.25} if split else {"validation_data": (x_val, y_val)}
-    model.fit(x, y, callbacks=[find], verbose=0, **given)
+    model.fit(x, y, sample_weight=weights, callbacks=[find], verbose=0, **given)
     cut = len(y) * 3 // 4 if split else len(y)
-    for found, expected in zip(find.found, (y[:cut], y[cut:] if split else y_val), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    (labels, of_labels), (validation, of_validation) = find.found
+    np.testing.assert_array_equal(labels, y[:cut])
+    np.testing.assert_array_equal(of_labels, weights[:cut])
+    np.testing.assert_array_equal(validation, y[cut:] if split else y_val)
+    if split:
+        np.testing.assert_array_equal(of_validation, weights[cut:])
+    else:
+        assert of_validation is None
 
 
 def test_an_optimizer_adds_gradients_up_over_replicas_in_one_place():
