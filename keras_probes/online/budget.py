@@ -21,9 +21,8 @@ MIN_STEPS = 10**10  # for these, whatever an epoch costs: about a third of a CPU
 MIN_REFIT = 5 * 10**10  # likewise for the refit
 STEP_COST = 800  # of a feature of an example in a step: its draw and its statistics
 STEP_CALLS = 10**8  # of a step: its many small calls
-PARAMETER_COST = 150  # of a parameter in a step, which reads and writes it a dozen times
+PARAMETER_COST = 500  # of a parameter in a step, which reads and writes it two dozen times
 PASSES = 12  # of the solver, as they are planned
-MARGIN = 2.5  # times as many where they are needed: the next refits need fewer
 
 Sizes = Sequence[tuple[int, int]]  # features and classes of each probe
 
@@ -79,7 +78,7 @@ class Costs:
             key=lambda n: n * once + PASSES * self._of_pass(n),
         )  # fmt: skip
         n = max(2, too_many - 1)
-        return n, max(2, int(MARGIN * (budget - n * once) // self._of_pass(n)))
+        return n, max(2, int((budget - n * once) // self._of_pass(n)))
 
     def _of_pass(self, n: int) -> int:
         """A pass of the solver over n examples, for all probes."""

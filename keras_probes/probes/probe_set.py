@@ -157,9 +157,17 @@ class ProbeSet:
         classes = [heads.num_classes for heads in self._heads() for _ in range(heads.n_taps)]
         of_guess = weight * (tf.constant(np.log(classes)) + tf.math.rsqrt(count))
         factor = tf.where(loss > of_guess, 0.5 * of_guess / loss, 1.0)
-        parts = tf.split(factor, [heads.n_taps for heads in self._heads()])
-        for heads, part in zip(self._heads(), parts, strict=True):
-            heads.shrink(tf.cast(part, tf.float32))
+        parts = tf.split(tf.cast(factor, tf.float32), [heads.n_taps for heads in self._heads()])
+
+        def shrink() -> tf.Tensor:
+            for heads, part in zip(self._heads(), parts, strict=True):
+                heads.shrink(part)
+            return tf.constant(True)
+
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            shrink()  # replicas can't write within a branch
+        else:
+            tf.cond(tf.reduce_any(loss > of_guess), shrink, lambda: tf.constant(False))
 
     def _penalty(self, heads: SoftmaxHeads) -> tf.Tensor:
         """The l2 penalties of a step, shape (n_taps, 1, 1)."""

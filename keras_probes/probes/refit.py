@@ -34,6 +34,7 @@ GAIN = 5e-3  # nats on the eighth that another penalty has to bring; less is luc
 SEARCH_EVERY = 4  # epochs: the best penalty moves slowly
 FIRST_PENALTY = 8  # place in the row where the first search begins
 FIRST_STEP = 2  # places at a time in the first search
+FIRST_PASSES = 2.5  # times as many in the first refit: it comes from far away
 
 NARROW = 64  # taps of fewer features are refitted as if they had so many: calls are what they cost
 
@@ -93,13 +94,16 @@ def refit(
         start: W over b, shape (T, d + 1, K).
         l2: The penalties that the last refit chose, shape (T,); 0 in the first.
         kept: Share of the epoch's examples that are in the sample, above 0 to 1.
-        passes: About how many passes over the sample to take; half as many more after a search.
+        passes: About how many passes over the sample to take; half as many more after a search, and
+            `FIRST_PASSES` times as many in the first refit.
         epoch: Number of the epoch: when penalties are looked at, and by which examples.
         seed: Seed of these examples' draw.
 
     Returns:
         The `Refit`.
     """
+    if np.any(l2 == 0):
+        passes = int(FIRST_PASSES * passes)
     z, begin, back = _within_span(z, start)
     whole = Problem([(z, labels, weights)], (z.shape[0], z.shape[2], start.shape[2]))
     penalties, found = l2, begin
