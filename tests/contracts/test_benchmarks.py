@@ -35,7 +35,7 @@ def run(script, *arguments):
 
 def test_overhead_of_a_step():
     printed = run(
-        "overhead.py", "step", "--host", "mlp", "--probes", 3, "--steps", 4, "--rounds", 1,
+        "overhead.py", "step", "--host", "convnet", "--steps", 4, "--rounds", 1,
         "--every", 2,
     )  # fmt: skip
     for name in ("bare", "shared", "isolated", "kept", "by hand"):
@@ -46,7 +46,7 @@ def test_overhead_of_a_step():
 
 @pytest.mark.parametrize("what", ["first", "memory"])
 def test_overhead_of_a_process(what):
-    options = ("--host", "mlp", "--probes", 1, "--steps", 4, "--rounds", 1)
+    options = ("--host", "convnet", "--steps", 4, "--rounds", 1)
     printed = run("overhead.py", what, *options, "--variants", "bare", "shared")
     assert "\nshared " in printed
     assert "GFLOP a step" in printed
