@@ -164,8 +164,8 @@ class ProbeSet:
                 heads.shrink(part)
             return tf.constant(True)
 
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            shrink()  # replicas can't write within a branch
+        if tf.distribute.has_strategy():
+            shrink()  # a replica can't write within a branch
         else:
             tf.cond(tf.reduce_any(loss > of_guess), shrink, lambda: tf.constant(False))
 
