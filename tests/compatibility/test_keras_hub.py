@@ -88,7 +88,8 @@ def test_a_text_classifier_on_strings(mode, tmp_path):
 def test_a_network_within_a_task_is_refitted_on_what_its_fit_makes_of_strings():
     x, y = texts()
     model = compiled(bert())
-    probes = LinearProbeCallback("transformer_layer_0", model=lambda m: m.backbone)
+    inner = {"model": lambda m: m.backbone, "num_classes": 2}
+    probes = LinearProbeCallback("transformer_layer_0", **inner)
     model.fit(x, y, epochs=2, verbose=0, callbacks=[probes])
     refitted = probes.refit((x, y), validation=None, test=None, l2=1e-4, verbose=False)
     assert refitted.table()["train error"].iloc[0] <= probes.results.table()["train error"].iloc[0]
