@@ -516,7 +516,7 @@ class Augmented(keras.Model):
     [
         (None, False, 'which call to probe.*mode="isolated"'),
         (lambda of: tf.concat([of, of], axis=0), False, 'joins.*mode="isolated"'),
-        (lambda of: tf.repeat(of, 2, axis=0), False, "number of examples.*mode=.*isolated"),
+        (lambda of: tf.repeat(of, 2, axis=0), False, r'number of examples.*mode=\\?"isolated'),
         (lambda of: tf.repeat(of, 2, axis=0), True, "number_of_examples_than.*mode_isolated"),
     ],
     ids=["twice", "joined", "repeated", "XLA"],

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from keras_probes.results.record import ProbeResults
-from keras_probes.results.schema import BASELINES, ERRORS, SPLITS, TapInfo, name_of_baseline
+from keras_probes.results.schema import BASELINES, ERRORS, SPLITS, Row, TapInfo, name_of_baseline
 from keras_probes.view.layout import thinned
 
 CONVERGED = 1e-2  # nats; of a probe that trained online
@@ -52,7 +52,7 @@ def table(
             of_other = results.latest(metric, other, split=split, epoch=at)
             if not of_other:
                 continue
-            values = pd.Series({tap: row.value for tap, row in of_other.items()})
+            values = _values(of_other)
             is_initial = baseline == "initial"
             column = "initial" if is_initial else "selectivity"
             table[f"{split} {column}"] = values if is_initial else values - rows["value"]
@@ -65,9 +65,7 @@ def table(
     for once in ONCE:
         of_once = results.latest(once, name)
         if of_once:
-            values = pd.Series({tap: row.value for tap, row in of_once.items()}).reindex(
-                table.index
-            )
+            values = _values(of_once).reindex(table.index)
             table[once] = values == 1.0 if once == "converged" else values
     return table.assign(**{kind: count for kind, count in left_out.items() if count.any()})
 
@@ -78,7 +76,7 @@ def as_text(results: ProbeResults) -> str:
         return repr(results)
     tables = [
         ("" if target is None else f"{target}\n")
-        + results.table(_metric(results), target=target).to_string(**_AS_TEXT)
+        + results.table(first_metric(results), target=target).to_string(**_AS_TEXT)
         + f"\n{_without_features(results, target)}"
         for target in results.targets
     ]
@@ -94,7 +92,7 @@ def as_bars(results: ProbeResults) -> str:
 
 
 def _bars(results: ProbeResults, target: str | None) -> str:
-    metric = _metric(results)
+    metric = first_metric(results)
     measured = results.measured(metric, target=target)
     shown = measured["value"].iloc[thinned(len(measured), MOST_BARS)]
     title = f"{measured['split'].iloc[0]} {metric.replace('_', ' ')} at each layer"
@@ -115,7 +113,7 @@ def as_html(results: ProbeResults) -> str:
         return html.escape(repr(results))
     tables = [
         ("" if target is None else f"<h4>{html.escape(target)}</h4>\n")
-        + results.table(_metric(results), target=target).to_html(**_AS_TEXT)
+        + results.table(first_metric(results), target=target).to_html(**_AS_TEXT)
         + f"\n<p>{html.escape(_without_features(results, target))}</p>"
         for target in results.targets
     ]
@@ -131,13 +129,19 @@ def left_out_text(left_out: Mapping[str, str]) -> str:
     return f"Not probed: {', '.join(shown)}{f' and {more} more' if more else ''}."
 
 
-def _metric(results: ProbeResults) -> str:
+def _values(rows: Mapping[str, Row]) -> pd.Series:
+    """What was measured, by tap."""
+    return pd.Series({tap: row.value for tap, row in rows.items()})
+
+
+def first_metric(results: ProbeResults) -> str:
+    """The measure that was asked for first."""
     return results.rows[0].metric
 
 
 def _without_features(results: ProbeResults, target: str | None) -> str:
     """What the measure in the table comes to for who sees no feature, as a sentence."""
-    metric = _metric(results)
+    metric = first_metric(results)
     last = next(r for r in reversed(results.rows) if (r.target, r.metric) == (target, metric))
     return (
         f"{last.split} {metric} without features: {last.majority:.4f} by class frequencies, "

@@ -23,7 +23,7 @@ from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import Row, name_of_measure
 from keras_probes.view.graph import graph_of, rendered
 from keras_probes.view.plots import plot_depth
-from keras_probes.view.table import ONCE
+from keras_probes.view.table import ONCE, first_metric
 
 _TOGETHER = "all layers"  # the run of what is about all of them
 _HOST = "the model itself"
@@ -127,9 +127,9 @@ class TensorBoardWriter:
 
     def _write_tables(self, results: ProbeResults, epoch: int, step: int) -> None:
         """Those of the measure asked for first."""
+        metric = first_metric(results)
         with self._writer(_TOGETHER).as_default():
             for target in results.targets:
-                metric = _metric(results, target)
                 table = results.table(metric, epoch=epoch, target=target)
                 tf.summary.text(f"{_by_layer(metric, target)}/table", _markdown(table), step=step)
 
@@ -138,9 +138,9 @@ class TensorBoardWriter:
         self._drawn = step
         if find_spec("matplotlib") is None:
             return
+        metric = first_metric(results)
         with self._writer(_TOGETHER).as_default():
             for target in results.targets:
-                metric = _metric(results, target)
                 name = _by_layer(metric, target)
                 curve = _depth_curve(results, metric=metric, epochs=[epoch], target=target)
                 tf.summary.image(f"{name}/depth", _image(curve), step=step)
@@ -159,11 +159,6 @@ class TensorBoardWriter:
 
 def _tag(row: Row, suffix: str = "") -> str:
     return f"{name_of_measure(row.metric, row.target)}{suffix}/{row.split}"
-
-
-def _metric(results: ProbeResults, target: str | None) -> str:
-    """The measure that was asked for first."""
-    return next(row.metric for row in results.rows if row.target == target)
 
 
 def _by_layer(metric: str, target: str | None) -> str:

@@ -199,7 +199,6 @@ from sklearn.datasets import load_digits
 from keras import layers
 from hosts import compiled
 from keras_probes import LinearProbeCallback, RandomFeatures
-from keras_probes.online.checkpoint import Backups
 
 directory, kill_at, ours_first, validated = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4]
 bunch = load_digits()
