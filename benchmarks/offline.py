@@ -28,6 +28,7 @@ import tensorflow as tf
 
 from keras_probes import FeatureStore, extract_features, fit_probes
 from keras_probes.offline import fit
+from keras_probes.probes.tasks import Classification
 from keras_probes.taps.reduce import GlobalAverage
 
 
@@ -140,7 +141,7 @@ def fit_probes_on_nothing(path):
     store = FeatureStore(path)
     z = store.features("input")[:1024]
     block = tf.constant(z[None]), tf.constant(store.labels()[:1024]), tf.ones((1, len(z)))
-    fit.fit_softmax(fit.Problem([block], (1, z.shape[1], 10)), 1.0)
+    fit.minimise(fit.Problem([block], z.shape[1], Classification(10)), 1.0)
     Passes.made.clear()
 
 

@@ -22,7 +22,9 @@ from sklearn.linear_model import LogisticRegression
 
 from keras_probes.offline.fit import PATH_TOL
 from keras_probes.probes.path import PENALTIES
-from keras_probes.probes.solver import Problem, fit_softmax
+from keras_probes.probes.problem import Problem
+from keras_probes.probes.solver import minimise
+from keras_probes.probes.tasks import Classification
 
 CLASSES = 10
 
@@ -87,11 +89,11 @@ def optimum(z, y, start, l2, prior=None):
 
 def problem(z, y):
     block = tf.constant(z[None]), tf.constant(y, tf.int32), tf.ones((1, len(y)))
-    return Problem([block], (1, z.shape[1], CLASSES))
+    return Problem([block], z.shape[1], Classification(CLASSES))
 
 
 def ours(z, y, l2):
-    return fit_softmax(problem(z, y), l2)
+    return minimise(problem(z, y), l2)
 
 
 def path(z, y):
@@ -100,10 +102,10 @@ def path(z, y):
     starts = {}
     ten = PENALTIES[:10]
     for l2 in ten:
-        fit = fit_softmax(given, l2, start=start, tol=PATH_TOL, certify=False)
+        fit = minimise(given, l2, start=start, tol=PATH_TOL, certify=False)
         start = starts[l2] = fit.weights
     chosen = min(ten, key=lambda l2: abs(np.log(l2 / 1e-2)))
-    return fit_softmax(given, chosen, start=starts[chosen])
+    return minimise(given, chosen, start=starts[chosen])
 
 
 def theirs(z, y, l2, dtype, tol):

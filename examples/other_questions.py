@@ -80,11 +80,10 @@ def main() -> None:
 
     results = probes.results
     table = pd.DataFrame({name: results.measured(target=name)["value"] for name in questions})
-    table["random"] = results.measured(target="digit_shuffled")["value"]
-    table.loc["(guessing)"] = [
-        results.measured(target=name)["majority"].iloc[-1]
-        for name in (*questions, "digit_shuffled")
-    ]
+    of_random = results.measured(target="digit", baseline="shuffled")
+    table["random"] = of_random["value"]
+    guesses = [results.measured(target=name)["majority"].iloc[-1] for name in questions]
+    table.loc["(guessing)"] = [*guesses, of_random["majority"].iloc[-1]]
     print(f"\nError on {len(test[0]):,} test images\n{table.to_string(float_format='%.3f')}")
 
     args.out.mkdir(parents=True, exist_ok=True)

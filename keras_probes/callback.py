@@ -29,9 +29,9 @@ from keras_probes.online.measured import rows_of, rows_of_batches
 from keras_probes.online.probes import OnlineProbes, mebibytes
 from keras_probes.online.settings import Settings
 from keras_probes.online.waiting import waiting
-from keras_probes.probes.measures import METRICS
 from keras_probes.probes.probe_set import Sums
-from keras_probes.probes.targets import named_targets
+from keras_probes.probes.resolve import named_targets
+from keras_probes.probes.tasks import METRICS, TASKS
 from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import (
     BASELINES,
@@ -85,6 +85,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
             names to these, for several targets at once. Labels are integers, shape (batch,) or
             (batch, 1), or one-hot, shape (batch, classes). A number below 0, NaN, a row of zeros
             and the `ignore_class` of the model's loss stand for a missing label.
+        task: What kind of labels these are: `"classification"`: one class for each example;
+            `"multilabel"`: 0 or 1 for each of several labels, shape (batch, labels);
+            `"regression"`: numbers, shape (batch,) or (batch, numbers). Or a mapping from target
+            names to these. Inferred from the labels, the model's output and its loss.
         num_classes: Number of classes, or a mapping from target names to it. Inferred where labels
             are one-hot or arrays, and where the model's loss is a cross-entropy over an output.
         sample_weight: A function (x, y, sample_weight) -> weights of the examples, shape (batch,),
@@ -100,12 +104,12 @@ class LinearProbeCallback(keras.callbacks.Callback):
             `steps_per_execution`, on those of every k-th execution. `"auto"`: on as many, from
             every batch to every eighth, as cost about a twentieth of the model's own training.
         baselines: What to measure beside the probes. `"shuffled"`: probes of the same layers on
-            random labels, the same for an example whenever it is seen, under the name `shuffled`
+            random labels, the same for an example whenever it is seen, in logs as `shuffled`
             (or `<target>_shuffled`). How much worse they do is the table's `selectivity`; what they
             get right in training, a probe knows by heart. It doubles what probes cost. Where data
             are augmented at random before the model, an example is a new one each time and nothing
             can be known by heart. `"initial"`: probes of the same layers with the weights the model
-            has when they are built, under the name `initial` (or `<target>_initial`): what the
+            has when they are built, in logs as `initial` (or `<target>_initial`): what the
             architecture gives away before it has learned anything. It costs a second forward pass,
             and a copy of the model's weights.
         log_dir: Directory for TensorBoard event files; `None` writes none.
@@ -145,6 +149,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         *,
         reduce: Reduce = "auto",
         target: Any = None,
+        task: str | Mapping[str, str] | None = None,
         num_classes: int | Mapping[str, int] | None = None,
         sample_weight: Callable[[Any, Any, Any], Any] | None = None,
         optimizer: keras.optimizers.Optimizer | str | None = None,
@@ -173,6 +178,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
             )
         for metric in metrics:
             _one_of("metrics", metric, METRICS)
+        for name in task.values() if isinstance(task, Mapping) else (task,):
+            _one_of("task", name, (None, *TASKS))
         if isinstance(baselines, str):
             raise ValueError(
                 f"Expected `baselines` to be a sequence. Received: baselines={baselines!r}."
@@ -212,9 +219,11 @@ class LinearProbeCallback(keras.callbacks.Callback):
             layers=layers,
             reduce=reduce,
             target=target,
+            task=task,
             num_classes=num_classes,
             sample_weight=sample_weight,
             optimizer=optimizer,
+            metrics=tuple(metrics),
             isolated=mode == "isolated",
             every=every,
             baselines=tuple(baselines),
@@ -275,23 +284,27 @@ class LinearProbeCallback(keras.callbacks.Callback):
         """
         return self._built().model()
 
-    def weights(self, tap: str, target: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def weights(
+        self, tap: str, target: str | None = None, *, baseline: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the probe of a tap as `softmax(h @ W + b)` of the raw, reduced features h.
 
         Args:
             tap: Tap name.
             target: Name of the target, where they have names.
+            baseline: Which baseline of the target; the probe itself by default.
 
         Returns:
             W, float32, shape (n_features, num_classes), and b, float32, shape (num_classes,).
 
         Raises:
-            ValueError: Unknown tap or target, or the probes are not built yet.
+            ValueError: Unknown tap, target or baseline, or the probes are not built yet.
         """
         online = self._built()
         _one_of("tap", tap, online.probes.taps)
-        _one_of("target", target, [each.name for each in online.targets])
-        return online.weights(tap, target)
+        _one_of("target", target, list(dict.fromkeys(each.name for each in online.targets)))
+        _one_of("baseline", baseline, (None, *self._settings.baselines))
+        return online.weights(tap, target, baseline)
 
     def refit(
         self,
@@ -342,7 +355,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
                         for reduced in plan.taps
                     },
                     target=asked.target,
-                    num_classes=online.num_classes,
+                    **online.known,
                     sample_weight=asked.sample_weight,
                     batch_size=batch_size,
                     seed=asked.seed,
@@ -531,8 +544,11 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if self._online is None or self._online.host is not model:
             settings, loaded = self._settings, self._loaded
             if loaded is not None:
-                known = loaded.settings["num_classes"]
-                settings = dataclasses.replace(settings, num_classes=known)
+                settings = dataclasses.replace(
+                    settings,
+                    task=loaded.settings.get("task"),
+                    num_classes=loaded.settings["num_classes"],
+                )
             self._online = OnlineProbes(model, settings)
             if loaded is not None:
                 self._online.restore(loaded.arrays)
@@ -558,7 +574,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             "target": None if "target" in code else asked.target,
             "unpack": None if "unpack" in code else asked.unpack,
             "code": list(code),
-            "num_classes": online.num_classes,
+            **online.known,
             "optimizer": online.probes.optimizer,
             "metrics": self.metrics,
             "mode": "isolated" if asked.isolated else "shared",
@@ -624,8 +640,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if kind == "train":
             self._measured_epoch = self._epoch
         split = "train" if kind == "train" else self._test_split
-        asked = named_targets(self._settings.target)
-        rows = list(rows_of(measured, self._epoch, split, self.metrics, asked, of_host))
+        rows = list(rows_of(measured, self._epoch, split, self.metrics, of_host))
         self.results.add(rows)
         if measured.refit is not None:
             self.results.refits.append(measured.refit)
@@ -643,7 +658,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
             return
         online = self._built()
         sums = online.sums("train")
-        rows = list(rows_of_batches(online.steps, sums, before, self._epoch, self.metrics))
+        targets = online.targets_in_units().values()
+        rows = list(rows_of_batches(online.steps, sums, before, targets, self._epoch, self.metrics))
         if any(row.n for row in rows):
             self._logged = (batches, sums)
             writer.write_batches(ProbeResults(online.plan.tap_infos(), rows))
@@ -664,7 +680,7 @@ def _check_model(model: Any) -> None:
 
 
 def _log_key(row: Row) -> str:
-    return f"{name_of_measure(row.metric, row.target)}/{row.tap}"
+    return f"{name_of_measure(row.metric, row.target, row.baseline)}/{row.tap}"
 
 
 def _one_of(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -50,13 +50,12 @@ class ForwardPass:
             batch: (x, y) or (x, y, sample_weight).
 
         Returns:
-            Features, shape (batch, n_features); labels, int32, shape (batch,), below 0 for an
-            example to leave out, see `Target`; weights, float32, shape (batch,), where samples have
-            one; the host's predictions, int32, shape (batch,), where it has an output for the
-            target.
+            Features, shape (batch, n_features); labels, as the target's task has them; weights,
+            float32, shape (batch,), where samples have one; the host's predictions, as labels,
+            where it has an output for the target.
         """
         features, labels, weights, predicted = self._run(batch)
-        names = [target.name for target in self._targets]
+        names = [target.key for target in self._targets]
         return {
             **{("tap", tap): part for tap, part in features.items()},
             **{("labels", name): part for name, part in zip(names, labels, strict=True)},
@@ -71,7 +70,7 @@ class ForwardPass:
     def labels(self, batch: Any) -> dict[Part, tf.Tensor]:
         """Returns the labels alone, which takes no forward pass."""
         data = keras.utils.unpack_x_y_sample_weight(batch)
-        return {("labels", t.name): t.labels_and_weights(*data)[0] for t in self._targets}
+        return {("labels", t.key): t.labels_and_weights(*data)[0] for t in self._targets}
 
     def _forward(self, batch: Any) -> tuple[dict[str, tf.Tensor], list, list, list]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_probes.results.record import ProbeResults
-from keras_probes.results.schema import Node, Row, TapInfo
+from keras_probes.results.schema import Node, Row, TapInfo, wilson_interval
 
 
 def results_of(errors, *, inputs=None, n=1000, split="validation", unprobed=(), **fields):
@@ -26,6 +26,7 @@ def results_of(errors, *, inputs=None, n=1000, split="validation", unprobed=(), 
     rows = [
         Row(
             epoch=epoch, step=10, target=None, tap=tap, metric="error", value=float(error), n=n,
+            **dict(zip(("ci_low", "ci_high"), wilson_interval(min(error, 1.0), n), strict=True)),
             **{"majority": 0.9, "chance": 0.9, "split": split, "certificate": 1e-4,
                **{key: v[tap] if isinstance(v, dict) else v for key, v in fields.items()}},
         )

@@ -1,6 +1,7 @@
 """The record: intervals, frame, table, files."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 
 from keras_probes import ProbeResults
-from keras_probes.results.schema import COLUMNS, Row, TapInfo, wilson_interval
+from keras_probes.results.schema import COLUMNS, NUMBERS, Row, TapInfo, wilson_interval
 
 TAPS = [
     TapInfo("input", 0, "Input", (8, 8, 1), "Flatten", 64),
@@ -32,13 +33,20 @@ def row(**changes):
     return Row(**{**values, **changes})
 
 
-def filled(targets=(None,)):
+def interval(metric, value, n):
+    low, high = wilson_interval(value, n) if metric == "error" else (math.nan, math.nan)
+    return {"ci_low": low, "ci_high": high}
+
+
+def filled(targets=(None,), baselines=(None,)):
     rows = [
         row(epoch=epoch, step=10 * epoch + 10, split=split, target=target, tap=tap.name,
-            metric=metric, value=value / (epoch + 1), n=n, certificate=(math.nan, 1e-3)[epoch])
+            metric=metric, value=value / (epoch + 1), n=n, certificate=(math.nan, 1e-3)[epoch],
+            baseline=baseline, **interval(metric, value / (epoch + 1), n))
         for epoch in range(2)
         for split, n in (("train", 400), ("validation", 100))
         for target in targets
+        for baseline in baselines
         for metric, value in (("error", 0.3), ("loss", 1 / 3))
         for tap in TAPS
     ]  # fmt: skip
@@ -155,8 +163,8 @@ def test_several_targets_have_a_table_each():
 
 
 def test_baselines_are_columns_beside_their_target():
-    results = filled([None, "initial", "shuffled"])
-    assert list(results.frame()["target"].unique()) == [None, "initial", "shuffled"]
+    results = filled(baselines=[None, "initial", "shuffled"])
+    assert list(results.frame()["baseline"].unique()) == [None, "initial", "shuffled"]
     table = results.table()
     for split in ("train", "validation"):
         assert list(table[f"{split} initial"]) == list(table[f"{split} error"])
@@ -181,10 +189,29 @@ def test_save_and_load(tmp_path, targets):
     assert (loaded.settings, loaded.versions) == (results.settings, results.versions)
     pd.testing.assert_frame_equal(loaded.frame(), results.frame(), check_exact=True)
     # All but the numbers, which may be NaN and so differ from themselves.
-    numbers = dict.fromkeys(("value", "certificate", "majority", "chance", "host"), 0)
+    numbers = dict.fromkeys(NUMBERS, 0)
     assert [dataclasses.replace(r, **numbers) for r in loaded.rows] == [
         dataclasses.replace(r, **numbers) for r in results.rows
     ]
+
+
+def test_files_from_before_baselines_were_a_column(tmp_path):
+    """They had the names of targets; intervals were not in them."""
+    results = filled(("a", "a_initial", "a_shuffled", "b_initial"))
+    results.settings = {"baselines": "initial"}
+    results.save(tmp_path)
+    manifest = json.loads((tmp_path / "probes.json").read_text())
+    file = manifest["files"]["measures"]
+    frame = pd.read_csv(tmp_path / file["name"]).drop(columns=["baseline", "ci_low", "ci_high"])
+    frame.to_csv(tmp_path / file["name"], index=False)
+    file["sha256"] = hashlib.sha256((tmp_path / file["name"]).read_bytes()).hexdigest()
+    (tmp_path / "probes.json").write_text(json.dumps(manifest))
+    loaded = ProbeResults.load(tmp_path)
+    assert loaded.targets == ["a", "a_shuffled", "b"]
+    expected = results.measured(target="a_initial")
+    columns = ["value", "ci_low", "ci_high"]
+    got = loaded.measured(target="a", baseline="initial")
+    pd.testing.assert_frame_equal(got[columns], expected[columns])
 
 
 def test_saving_again_replaces_and_leaves_one_file_of_measures(tmp_path):

@@ -37,17 +37,20 @@ def evaluate_returns_list(host: keras.Model) -> bool:
     return running is not None and not running.get("return_dict", False)
 
 
-def labels_at_hand(host: keras.Model) -> Iterator[tuple[Any, Any]]:
+def labels_at_hand(host: keras.Model) -> dict[str, tuple[Any, Any]]:
     """The labels of the running `fit` of `host`, for training and validation, if it has arrays.
 
-    Yields:
-        Labels, and their sample weights, `None` where these are no arrays.
+    Returns:
+        By split: labels, and their sample weights, `None` where these are no arrays.
     """
     running = _running(host, "fit") or {}
-    for prefix in ("", "val_"):
-        labels = arrays_of(running.get(f"{prefix}y"))
-        if labels is not None:
-            yield labels, arrays_of(running.get(f"{prefix}sample_weight"))
+    found = {
+        split: tuple(arrays_of(running.get(prefix + of)) for of in ("y", "sample_weight"))
+        for split, prefix in (("train", ""), ("validation", "val_"))
+    }
+    return {
+        split: (labels, weights) for split, (labels, weights) in found.items() if labels is not None
+    }
 
 
 def quiet_progress_bar(hidden: Callable[[], Iterable[str]]) -> None:

@@ -150,7 +150,7 @@ class Steps:
             self._new.remove((kind, observer))
         if kind == "test" or not fresh:
             return []
-        for labels in labels_at_hand(self._host):
+        for labels in labels_at_hand(self._host).values():
             for observer in fresh:
                 if observer.unpack is keras.utils.unpack_x_y_sample_weight:
                     observer.check((None, *part) for part in _in_parts(labels))

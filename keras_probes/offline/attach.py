@@ -23,7 +23,7 @@ class AttachedProbes(keras.Model):
         reductions: By tap: the configuration of what makes its features.
 
     Input: what the host takes.
-    Output: by tap, probabilities, float32, shape (batch, num_classes).
+    Output: by tap, the probe's answers, float32, shape (batch, outputs).
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class AttachedProbes(keras.Model):
     def call(self, inputs: Any) -> dict[str, tf.Tensor]:
         features = self._plan.features_of(inputs)
         return {
-            tap: tf.nn.softmax(tf.matmul(features[tap], probe.kernel) + probe.bias)
+            tap: keras.activations.get(probe.activation)(
+                tf.matmul(features[tap], probe.kernel) + probe.bias
+            )
             for tap, probe in self._probes.items()
         }

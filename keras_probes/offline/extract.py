@@ -21,7 +21,9 @@ import tensorflow as tf
 
 from keras_probes.forward import ForwardPass
 from keras_probes.offline.store import DTYPES, FORMAT, ArrayName, FeatureStore
-from keras_probes.probes.targets import WRONG, Evidence, Target, resolve_targets
+from keras_probes.probes.resolve import Evidence, resolve_targets
+from keras_probes.probes.targets import Target
+from keras_probes.probes.tasks.task import WRONG
 from keras_probes.results.schema import versions
 from keras_probes.taps.batches import arrays_of, batches_of, examples_in
 from keras_probes.taps.plan import TapPlan, make_plan
@@ -42,6 +44,7 @@ def extract_features(
     layers: Selector = "auto",
     reduce: Reduce = "auto",
     target: Any = None,
+    task: str | Mapping[str, str] | None = None,
     num_classes: int | Mapping[str, int] | None = None,
     sample_weight: Callable[[Any, Any, Any], Any] | None = None,
     class_names: list[str] | None = None,
@@ -67,6 +70,7 @@ def extract_features(
         layers: Where to look, as for `LinearProbeCallback`.
         reduce: What is kept of a layer's output, likewise.
         target: What the probes are to predict, likewise.
+        task: What kind of labels these are, likewise.
         num_classes: Number of classes, or a mapping from target names to it, where it can't be
             inferred.
         sample_weight: The weights of examples, likewise.
@@ -91,10 +95,12 @@ def extract_features(
     x_spec, y_spec, _ = keras.utils.unpack_x_y_sample_weight(batches.spec)
     plan = make_plan(model, x_spec, layers, reduce, seed)
     class_names = class_names or getattr(data, "class_names", None)
-    if class_names and target is None and num_classes is None:
+    if class_names and target is None and task is None and num_classes is None:
         num_classes = len(class_names)
     evidence = Evidence(plan.graph.outputs, getattr(model, "loss", None), _labels_at_hand(data))
-    targets = resolve_targets(target, num_classes, x_spec, y_spec, evidence, sample_weight)
+    targets = resolve_targets(
+        target, num_classes, x_spec, y_spec, evidence, task=task, weigh=sample_weight
+    )
     forward = ForwardPass(plan, targets, batches.spec, dtype)
     iterator = iter(batches.dataset)
     first = next(iterator, None)
@@ -112,7 +118,9 @@ def extract_features(
         "reductions": {
             t.tap.name: keras.saving.serialize_keras_object(t.reduction) for t in plan.taps
         },
-        "targets": [{"name": t.name, "num_classes": t.num_classes} for t in targets],
+        "targets": [
+            {"name": t.name, "task": t.task.name, "outputs": t.task.outputs} for t in targets
+        ],
         "weighted": forward.weighted,
         "predicted": [t.name for t in targets if t.predictions(plan.graph.outputs) is not None],
         "class_names": class_names,
@@ -135,8 +143,8 @@ def _checked(parts: dict[ArrayName, tf.Tensor], targets: list[Target]) -> Rows:
     """A batch's parts as NumPy has them, each label a class or missing."""
     rows: Rows = {name: part.numpy() for name, part in parts.items()}
     for target in targets:
-        labels = rows["labels", target.name]
-        target.refuse(int(np.count_nonzero(labels == WRONG)), len(labels))
+        state = target.task.state(parts["labels", target.name]).numpy()
+        target.refuse(int(np.count_nonzero(state == WRONG)), len(state))
     return rows
 
 
@@ -226,7 +234,7 @@ class _Writer:
     ) -> None:
         for target, labels in known.items():
             received = np.concatenate([part["labels", target] for part in parts])
-            if not np.array_equal(labels, received):
+            if not np.array_equal(labels, received, equal_nan=labels.dtype.kind == "f"):
                 raise ValueError(
                     f"The store {str(self._store.path)!r} is of other data, or of these in another "
                     f"order: labels of chunk {chunk} differ. Data must come in the same order in "

@@ -16,16 +16,16 @@ import numpy as np
 import tensorflow as tf
 
 from keras_probes.offline.store import FeatureStore, StoredArray
-from keras_probes.probes.measures import METRICS, SUMS, batch_sums, guesses, measure
 from keras_probes.probes.path import PENALTIES, choose_penalty
-from keras_probes.probes.solver import Block, Fit, Problem, fit_softmax
+from keras_probes.probes.problem import Block, Problem
+from keras_probes.probes.solver import Fit, minimise
 from keras_probes.probes.spread import LARGEST, inverse_spread
+from keras_probes.probes.tasks.task import Task
 from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import Node, Probe, Row, versions
 
 PATH_TOL = 1e-3  # nats; enough to compare validation losses
 READ_ROWS = 8192  # about so many rows are in the works at a time
-UNSEEN = -1e9  # the bias of a class without examples: it is never predicted
 
 Split = Literal["train", "validation", "test"]
 
@@ -45,9 +45,10 @@ def fit_probes(
 ) -> ProbeResults:
     """Finds the optimal linear probe of every tap, and proves how near it came.
 
-    A probe minimises the mean cross-entropy plus `l2 / 2 * |W|^2` on features standardised by the
-    training rows (`probes/spread.py` says how); the problem is convex and `probes/solver.py` writes
-    it out. With several penalties, the one with the least validation loss is taken.
+    A probe minimises the mean loss of its task, such as the cross-entropy of classes, plus
+    `l2 / 2 * |W|^2` on features standardised by the training rows (`probes/spread.py` says how);
+    the problem is convex and `probes/solver.py` writes it out. With several penalties, the one with
+    the least validation loss is taken.
 
     Args:
         store: The features, and the rows to train on.
@@ -66,7 +67,7 @@ def fit_probes(
         verbose: Whether to show a progress bar and each tap's result as it comes.
 
     Returns:
-        Results with error, loss and top-5 error on each split, and of each probe the penalty, the
+        Results with all measures of its task on each split, and of each probe the penalty, the
         number of iterations, the norm of the gradient and the certificate: an upper bound on its
         training objective minus the optimum, in nats.
 
@@ -109,8 +110,8 @@ def fit_probes(
     with tqdm(chosen, desc="fitting probes", unit=" taps", disable=not verbose) as progress:
         for tap in progress:
             features = _Features(tap, splits, memory)
-            for target, num_classes in store.targets.items():
-                probe = _TapFit(features, target, num_classes, penalties, tol, max_iterations)
+            for target, task in store.targets.items():
+                probe = _TapFit(features, target, task, penalties, tol, max_iterations)
                 results.add(probe.rows())
                 results.probes[target, tap] = probe.probe()
                 if verbose:
@@ -148,12 +149,9 @@ class _Rows:
         weights = self.store.sample_weight(target)
         return np.ones(len(self.places), "float32") if weights is None else weights[self.places]
 
-    def host_error(self, target: str | None, labels: np.ndarray) -> float:
-        """The host's own error on the split's labels; NaN if its predictions are not known."""
+    def predictions(self, target: str | None) -> np.ndarray | None:
         predicted = self.store.predictions(target)
-        if predicted is None:
-            return math.nan
-        return float(np.mean((predicted[self.places] != labels)[labels >= 0]))
+        return None if predicted is None else predicted[self.places]
 
     def blocks(self, stored: StoredArray) -> Iterator[tuple[np.ndarray, slice]]:
         """Reads features, float32, and the place of each block among the split's rows.
@@ -307,7 +305,7 @@ class _Blocks:
 
     def __iter__(self) -> Iterator[Block]:
         for z, here in self.features.blocks("train"):
-            labels = tf.constant(self.labels[here], tf.int32)
+            labels = tf.constant(self.labels[here])
             yield z[None], labels, tf.constant(self.weights[None, here], tf.float32)
 
 
@@ -318,27 +316,38 @@ class _TapFit:
         self,
         features: _Features,
         target: str | None,
-        num_classes: int,
+        task: Task,
         penalties: Sequence[float],
         tol: float,
         max_passes: int,
     ):
-        self._features, self._target, self._num_classes = features, target, num_classes
-        self._labels = {split: rows.labels(target) for split, rows in features.splits.items()}
+        task = task.of_all().measuring(task.metrics)
+        self._features, self._target = features, target
+        raw = {split: rows.labels(target) for split, rows in features.splits.items()}
+        self._task, self._labels = task, raw
+        if task.scaled:
+            self._scale = task.scale_of(raw["train"])
+            self._task = task.in_units(self._scale)
+            self._labels = {
+                split: task.standardised(labels, self._scale).astype("float32")
+                for split, labels in raw.items()
+            }
         self._weights = {split: rows.weights(target) for split, rows in features.splits.items()}
         self._host = {
-            split: rows.host_error(target, self._labels[split])
+            split: self._host_error(rows.predictions(target), raw[split])
             for split, rows in features.splits.items()
         }
+        self._tallies = {
+            split: self._tally(labels, np.ones(len(labels), "float32"))
+            for split, labels in self._labels.items()
+        }
         weights = self._weights["train"] * features.finite["train"]
-        weights = weights * (self._labels["train"] >= 0)
-        self._seen = np.unique(self._labels["train"][weights > 0])
-        self._check_classes()
-        compact = np.searchsorted(self._seen, self._labels["train"])
-        blocks = _Blocks(features, compact, weights)
-        problem = Problem(blocks, (1, len(features.mean), len(self._seen)))
+        weights = weights * self._labelled("train")
+        self._check_labels(self._tally(self._labels["train"], weights))
+        blocks = _Blocks(features, self._labels["train"], weights)
+        problem = Problem(blocks, len(features.mean), self._task)
         self._fit = self._solve(problem, penalties, tol, max_passes)
-        self._measures = {
+        self._sums = {
             split: self._measured(split, self._fit.weights[0]) for split in features.splits
         }
         if not self._fit.converged[0]:
@@ -352,7 +361,7 @@ class _TapFit:
             # From the strongest on: past the lowest loss it only rises, and fits take ever longer.
             chosen, start = choose_penalty(
                 problem,
-                lambda weights: np.array([self._measured("validation", weights[0])["loss"]]),
+                self._validation_loss,
                 row,
                 chosen,
                 tol=max(tol, PATH_TOL),
@@ -360,38 +369,32 @@ class _TapFit:
                 patience=2,
                 both=False,
             )
-        return fit_softmax(problem, row[chosen], start=start, tol=tol, max_passes=max_passes)
+        return minimise(problem, row[chosen], start=start, tol=tol, max_passes=max_passes)
+
+    def _validation_loss(self, weights: np.ndarray) -> np.ndarray:
+        return np.array([self._task.measure("loss", self._measured("validation", weights[0]))])
 
     def _measured(self, split: Split, weights: np.ndarray) -> dict[str, float]:
-        """Every metric of W over b on a split, and `n`, `nonfinite` and `unlabelled`."""
-        kernel, bias = self._expanded(weights)
-        kernel, bias = tf.constant(kernel, tf.float32), tf.constant(bias, tf.float32)
-        totals = np.zeros(len(SUMS))
-        # The loss is that of classes the probe has seen: it gives no chance to others.
-        weights = self._weights[split] * np.isin(self._labels[split], self._seen)
+        """The sums of W over b on a split."""
+        kernel, bias = tf.constant(weights[:-1], tf.float32), tf.constant(weights[-1], tf.float32)
+        totals = np.zeros(self._task.size)
         for z, here in self._features.blocks(split):
-            logits = (tf.matmul(z, kernel) + bias)[None]
-            labels = tf.constant(self._labels[split][here], tf.int32)
+            outputs = (tf.matmul(z, kernel) + bias)[None]
+            labels = tf.constant(self._labels[split][here])
+            of_rows = tf.constant(self._weights[split][here])
             finite = tf.constant(self._features.finite[split][here])[None]
-            sums = batch_sums(logits, labels, tf.constant(weights[here], tf.float32), finite)
-            totals += sums.numpy()[0]
-        sums = dict(zip(SUMS, totals.tolist(), strict=True))
-        counts = {"n": sums["count"], **{name: sums[name] for name in ("nonfinite", "unlabelled")}}
-        return {**{metric: measure(metric, sums) for metric in METRICS}, **counts}
-
-    def _expanded(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """W and b for all classes; those without training examples are never predicted."""
-        kernel = np.zeros((len(weights) - 1, self._num_classes))
-        bias = np.full(self._num_classes, UNSEEN)
-        kernel[:, self._seen], bias[self._seen] = weights[:-1], weights[-1]
-        return kernel, bias
+            totals += self._task.batch_sums(outputs, labels, of_rows, finite).numpy()[0]
+        return self._task.named(totals)
 
     def probe(self) -> Probe:
         """The probe on raw features."""
-        kernel, bias = self._expanded(self._fit.weights[0])
-        kernel = self._features.scale[:, None] * kernel
-        bias = bias - self._features.mean @ kernel
-        return Probe(kernel.astype("float32"), bias.astype("float32"))
+        weights = self._fit.weights[0]
+        kernel = self._features.scale[:, None] * weights[:-1]
+        bias = weights[-1] - self._features.mean @ kernel
+        if self._task.scaled:
+            centre, spread = self._scale
+            kernel, bias = kernel * spread, bias * spread + centre
+        return Probe(kernel.astype("float32"), bias.astype("float32"), self._task.activation)
 
     def rows(self) -> list[Row]:
         """All measures."""
@@ -403,13 +406,15 @@ class _TapFit:
             "converged": float(self._fit.converged[0]),
         }
         rows = []
-        counts = {split: self._counts(split) for split in self._measures}
-        for split, measures in self._measures.items():
-            of_split = {metric: measures[metric] for metric in METRICS}
+        task = self._task
+        for split, sums in self._sums.items():
+            of_split = {metric: task.measure(metric, sums) for metric in task.metrics}
             for metric, value in {**of_split, **(fit if split == "train" else {})}.items():
-                majority, chance = math.nan, math.nan
-                if metric in METRICS:
-                    majority, chance = guesses(metric, counts["train"], counts[split])
+                majority, chance, low, high = (math.nan,) * 4
+                if metric in of_split:
+                    tallies = self._tallies["train"], self._tallies[split]
+                    majority, chance = task.guesses(metric, *tallies)
+                    low, high = task.interval(metric, value, sums)
                 rows.append(
                     Row(
                         epoch=0,
@@ -419,9 +424,11 @@ class _TapFit:
                         tap=self._features.tap,
                         metric=metric,
                         value=value,
-                        n=int(measures["n"]),
-                        nonfinite=int(measures["nonfinite"]),
-                        unlabelled=int(measures["unlabelled"]),
+                        n=int(sums["count"]),
+                        ci_low=low,
+                        ci_high=high,
+                        nonfinite=int(sums["nonfinite"]),
+                        unlabelled=int(sums["unlabelled"]),
                         certificate=float(self._fit.certificate[0]),
                         majority=majority,
                         chance=chance,
@@ -430,35 +437,35 @@ class _TapFit:
                 )
         return rows
 
-    def _counts(self, split: Split) -> np.ndarray:
-        """Number of examples of each class."""
-        labels = self._labels[split]
-        return np.bincount(labels[labels >= 0], minlength=self._num_classes)
+    def _labelled(self, split: Split) -> np.ndarray:
+        """Which examples have a label: float32, 0 or 1."""
+        return (self._task.state(tf.constant(self._labels[split])).numpy() == 0).astype("float32")
+
+    def _tally(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """How often each label comes, as the task has it."""
+        return self._task.tally(tf.constant(labels), tf.constant(weights)[None]).numpy()[0]
+
+    def _host_error(self, predicted: np.ndarray | None, labels: np.ndarray) -> float:
+        """The host's own error; NaN if its predictions are not known."""
+        return math.nan if predicted is None else self._task.host_error(predicted, labels)
 
     def summary(self) -> str:
         """A line on the probe."""
-        errors = [f"{split} {measures['error']:.4f}" for split, measures in self._measures.items()]
+        errors = [
+            f"{split} {self._task.measure('error', sums):.4f}" for split, sums in self._sums.items()
+        ]
         name = "" if self._target is None else f" ({self._target})"
         return (
             f"{self._features.tap}{name}: error {', '.join(errors)}; l2 {self._fit.l2[0]:.1e}, "
             f"at most {self._fit.certificate[0]:.0e} above the optimum"
         )
 
-    def _check_classes(self) -> None:
-        if len(self._seen) < 2:
-            raise ValueError(
-                "Expected training rows of at least 2 classes. Received: "
-                f"{len(self._seen)} in {len(self._labels['train'])} rows of tap "
-                f"{self._features.tap!r}. Is the data set whole?"
-            )
-        if len(self._seen) < self._num_classes:
-            unseen = np.setdiff1d(np.arange(self._num_classes), self._seen)
-            shown = ", ".join(map(str, unseen[:10])) + (", ..." if len(unseen) > 10 else "")
-            warnings.warn(
-                f"{len(unseen)} of {self._num_classes} classes have no training row: {shown}. The "
-                "probe never predicts them; their examples count as errors, and not in the loss.",
-                stacklevel=4,
-            )
+    def _check_labels(self, tally: np.ndarray) -> None:
+        rows = f"{len(self._labels['train'])} rows of tap {self._features.tap!r}"
+        if reason := self._task.untrainable(tally):
+            raise ValueError(f"{reason} in {rows}. Is the data set whole?")
+        if lacking := self._task.lacking(tally):
+            warnings.warn(lacking, stacklevel=4)
 
     def _warn_of_distance(self, tol: float) -> None:
         warnings.warn(

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.probes.tasks import TASKS, Task
 from keras_probes.results.schema import TapInfo
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = ("float32", "float16", "bfloat16")
 _MANIFEST = "keras_probes"  # the attribute of the group that holds all but the arrays
 # Zarr v3 has no bfloat16: its bits are kept.
@@ -54,7 +55,7 @@ class FeatureStore:
         path: The directory.
         taps: The taps in graph order, `TapInfo`.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`, as features are kept on disk.
-        targets: Number of classes of each target; the key is its name, `None` if it has none.
+        targets: The task of each target; the key is its name, `None` if it has none.
         class_names: Names of the classes, where they are known.
         host: Of the model: its `name`, its `class` and `sha256`, a hash of its weights.
         versions: Of the libraries that wrote the store.
@@ -85,11 +86,12 @@ class FeatureStore:
                 f"Expected a feature store of format {FORMAT} or older. Received: format "
                 f"{manifest['format']} in {str(path)!r}. Update keras_probes to read it."
             )
-        self.manifest: dict[str, Any] = dict(manifest)
+        self.manifest: dict[str, Any] = _of_today(manifest)
         self.dtype: str = manifest["dtype"]
         self.taps = [TapInfo.from_json(tap) for tap in self.manifest["taps"]]
-        self.targets: dict[str | None, int] = {
-            target["name"]: target["num_classes"] for target in manifest["targets"]
+        self.targets: dict[str | None, Task] = {
+            target["name"]: TASKS[target["task"]](target["outputs"])
+            for target in self.manifest["targets"]
         }
         self.class_names: list[str] | None = manifest["class_names"]
         self.host: dict[str, str] = manifest["host"]
@@ -132,7 +134,9 @@ class FeatureStore:
         return self._group[key][:] if key in self._group else None
 
     def labels(self, target: str | None = None) -> np.ndarray:
-        """Returns the labels of all rows, int32, shape (n,).
+        """Returns the labels of all rows: classes, int32, shape (n,), below 0 where there is none.
+
+        Those of other tasks have other shapes.
 
         Raises:
             ValueError: Unknown target, or the store is not complete.
@@ -144,9 +148,9 @@ class FeatureStore:
         return self._of_target("weights", target)[:] if self.manifest["weighted"] else None
 
     def predictions(self, target: str | None = None) -> np.ndarray | None:
-        """Returns the host's own answers for all rows, int32, shape (n,).
+        """Returns the host's own answers for all rows, as labels.
 
-        They are `None` where the host has no output with a column for each class of the target.
+        They are `None` where the host has no output with a column for each of the probes'.
         """
         known = target in self.manifest["predicted"]
         return self._of_target("predictions", target)[:] if known else None
@@ -290,8 +294,8 @@ class FeatureStore:
 
     def _has_files(self, chunk: int) -> bool:
         return all(
-            _chunk_file(self.path / key, chunk, 2 if kind == "tap" else 1).exists()
-            for (kind, _), key in self._keys.items()
+            _chunk_file(self.path / key, chunk, self._group[key].ndim).exists()
+            for key in self._keys.values()
         )
 
     def _array(self, name: ArrayName) -> "StoredArray":
@@ -384,6 +388,17 @@ class StoredArray:
         )
 
 
+def _of_today(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest as it is written now: in format 1, all targets were of classification."""
+    of_first = manifest["format"] == 1
+    targets = [
+        {"name": t["name"], "task": "classification", "outputs": t["num_classes"]}
+        for t in manifest["targets"]
+        if of_first
+    ]
+    return {**manifest, **({"targets": targets} if of_first else {})}
+
+
 def _zarr() -> Any:
     try:
         import zarr
@@ -441,8 +456,13 @@ def _make_arrays(
     for (kind, name), key in _keys(manifest).items():
         about: dict[str, Any] = {kind: name}
         if kind != "tap":
-            dtype = "float32" if kind == "weights" else "int32"
-            _make(group, key, (rows,), (chunk_rows,), dtype, ("row",), about)
+            of_target = next(target for target in manifest["targets"] if target["name"] == name)
+            task = TASKS[of_target["task"]](of_target["outputs"])
+            shape, dtype = (task.label_shape, task.label_dtype)
+            if kind == "weights":
+                shape, dtype = (), "float32"
+            dims = ("row", *[f"{key}_label"] * len(shape))
+            _make(group, key, (rows, *shape), (chunk_rows, *shape), dtype, dims, about)
             continue
         width = next(tap["features"] for tap in manifest["taps"] if tap["name"] == name)
         dims = ("row", f"{key}_feature")

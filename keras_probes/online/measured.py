@@ -10,12 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_probes.probes.measures import CODE_LENGTH, guesses, measure
 from keras_probes.probes.probe_set import Sums
+from keras_probes.probes.targets import Target
 from keras_probes.results.schema import Refit, Row
-
-# What Keras calls the share of examples that a model gets right.
-_ACCURACIES = ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +24,9 @@ class Measured:
         first_pass: Whether it is of training, and they had seen no example before.
         sums: By target, tap and name.
         certificates: By target and tap, where they are known.
-        known: By target, how often each class was among the labels they trained on.
-        counts: By target, how often it was in this pass.
+        targets: By key, whose tasks measure in the labels' own units.
+        known: By target, the tally of the labels they trained on.
+        counts: By target, that of this pass.
         refit: What became of the refit at its end; `None` if there was none.
     """
 
@@ -36,6 +34,7 @@ class Measured:
     first_pass: bool
     sums: Sums
     certificates: Mapping[tuple[str | None, str], float]
+    targets: Mapping[str | None, Target]
     known: Mapping[str | None, np.ndarray]
     counts: Mapping[str | None, np.ndarray]
     refit: Refit | None = None
@@ -46,7 +45,6 @@ def rows_of(
     epoch: int,
     split: str,
     metrics: Sequence[str],
-    asked: Mapping[str | None, Any],
     of_host: Mapping[str, Any],
 ) -> Iterator[Row]:
     """What was measured in an epoch of training, or in an evaluation.
@@ -56,35 +54,45 @@ def rows_of(
         epoch: Epoch, from 0.
         split: `"train"`, `"validation"` or `"test"`.
         metrics: Which measures.
-        asked: By name, the targets as the user gave them.
         of_host: The host's own logs.
     """
-    code = (CODE_LENGTH,) if measured.first_pass else ()
-    for target, by_tap in measured.sums.items():
-        of_model = {"error": _host_error(of_host, asked.get(target, ()))}
-        for metric in (*metrics, *code):
-            majority, chance = guesses(metric, measured.known[target], measured.counts[target])
+    for key, by_tap in measured.sums.items():
+        target = measured.targets[key]
+        task = target.task
+        asked = [metric for metric in metrics if metric in task.metrics]
+        for metric in (*asked, *(task.first_pass if measured.first_pass else ())):
+            majority, chance = task.guesses(metric, measured.known[key], measured.counts[key])
             for tap, row in by_tap.items():
+                value = task.measure(metric, row)
+                low, high = task.interval(metric, value, row)
                 yield Row(
                     epoch=epoch,
                     step=measured.step,
                     split=split,
-                    target=target,
+                    target=target.name,
+                    baseline=target.baseline,
                     tap=tap,
                     metric=metric,
-                    value=measure(metric, row),
+                    value=value,
                     n=int(row["count"]),
+                    ci_low=low,
+                    ci_high=high,
                     nonfinite=int(row["nonfinite"]),
                     unlabelled=int(row["unlabelled"]),
-                    certificate=measured.certificates.get((target, tap), math.nan),
+                    certificate=measured.certificates.get((key, tap), math.nan),
                     majority=majority,
                     chance=chance,
-                    host=of_model.get(metric, math.nan),
+                    host=_of_host(metric, target, of_host),
                 )
 
 
 def rows_of_batches(
-    step: int, sums: Sums, before: Sums, epoch: int, metrics: Iterable[str]
+    step: int,
+    sums: Sums,
+    before: Sums,
+    targets: Iterable[Target],
+    epoch: int,
+    metrics: Iterable[str],
 ) -> Iterator[Row]:
     """What was measured in training between two moments of an epoch.
 
@@ -92,27 +100,42 @@ def rows_of_batches(
         step: Number of batches the probes had trained on at the second moment.
         sums: Theirs at that moment.
         before: At the first; empty at the beginning of the epoch.
+        targets: All of them, as of `Measured`.
         epoch: Epoch, from 0.
         metrics: Which measures.
     """
-    for target, by_tap in sums.items():
-        for tap, total in by_tap.items():
-            was = before[target][tap] if before else {}
+    for target in targets:
+        for tap, total in sums[target.key].items():
+            was = before[target.key][tap] if before else {}
             new = {name: value - was.get(name, 0.0) for name, value in total.items()}
-            for metric in metrics:
-                value, n = measure(metric, new), int(new["count"])
-                yield Row(epoch, step, "train", target, tap, metric, value, n)
+            for metric in (metric for metric in metrics if metric in target.task.metrics):
+                yield Row(
+                    epoch=epoch,
+                    step=step,
+                    split="train",
+                    target=target.name,
+                    baseline=target.baseline,
+                    tap=tap,
+                    metric=metric,
+                    value=target.task.measure(metric, new),
+                    n=int(new["count"]),
+                )
 
 
-def _host_error(logs: Mapping[str, Any], select: Any) -> float:
-    """The host's own error by its accuracy in Keras's logs; NaN if it was not asked for that.
+def _of_host(metric: str, target: Target, logs: Mapping[str, Any]) -> float:
+    """A metric of the host itself, by Keras's logs; NaN if it was not asked for that.
 
     Args:
+        metric: Which one.
+        target: `None`, or the key of one of several outputs, tells whose it is; of others, and of
+            baselines, none is known.
         logs: The host's logs.
-        select: The target: `None`, or the key of one of several outputs. For others, none is known.
     """
-    if select is not None and not isinstance(select, str):
+    select = target.select
+    if target.baseline is not None or not (select is None or isinstance(select, str)):
         return math.nan
     of_output = "" if select is None else f"{select}_"
-    known = (logs[key] for name in _ACCURACIES if (key := of_output + name) in logs)
-    return 1.0 - float(next(known, math.nan))
+    names = target.task.of_keras.get(metric, ())
+    known = (float(logs[key]) for name in names if (key := of_output + name) in logs)
+    value = next(known, math.nan)
+    return 1.0 - value if metric == "error" else value

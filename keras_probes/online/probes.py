@@ -22,16 +22,13 @@ from keras_probes.online.refit import Progress, Refitter, Snapshot, costs_of
 from keras_probes.online.settings import Settings
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Sums, memory_of, parameters_of
-from keras_probes.probes.targets import (
-    MISSING,
-    WRONG,
+from keras_probes.probes.resolve import (
     Evidence,
-    RandomLabels,
-    Target,
-    expected_classes,
-    named_targets,
+    expected_tasks,
     resolve_targets,
 )
+from keras_probes.probes.targets import RandomTarget, Target
+from keras_probes.probes.tasks.task import MISSING, WRONG, Task
 from keras_probes.results.schema import Refit, name_of_baseline
 from keras_probes.taps.batches import examples_in
 from keras_probes.taps.plan import ISOLATE, TapPlan, check_rows, make_plan
@@ -115,19 +112,23 @@ class OnlineProbes:
         """The probes of the host as it is; once `built`."""
         return self._snapshots[0].probes
 
-    def weights(self, tap: str, target: str | None) -> tuple[np.ndarray, np.ndarray]:
-        """W and b of a probe on raw features; of a target, or of a baseline of one."""
-        found = (s.probes for s in self._snapshots if target in s.probes.targets)
-        return next(found).weights(tap, target)
+    def weights(
+        self, tap: str, target: str | None, baseline: str | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """W and b of a probe on raw features; of a target, or of a baseline of it."""
+        key = name_of_baseline(baseline, target)
+        found = (s.probes for s in self._snapshots if key in s.probes.targets)
+        return next(found).weights(tap, key)
 
     @property
-    def num_classes(self) -> int | dict[str, int]:
-        """Number of classes, or a mapping from target names to it; once `built`."""
-        asked = named_targets(self._settings.target)
-        named = {t.name: t.num_classes for t in self.targets if t.name is not None}
-        if None in asked:
-            return self.targets[0].num_classes
-        return {name: count for name, count in named.items() if name in asked}
+    def known(self) -> dict[str, Any]:
+        """`task` and `num_classes` as they turned out, as the callback takes them; once `built`."""
+        tasks = {target.name: target.task for target in self.targets if not target.baseline}
+        names = {name: task.name for name, task in tasks.items()}
+        counts = {n: task.outputs for n, task in tasks.items() if task.name == "classification"}
+        if None in tasks:
+            return {"task": names[None], "num_classes": counts.get(None)}
+        return {"task": names, "num_classes": counts}
 
     def choose_taps(self, input_spec: Any = None) -> None:
         """Looks at the host and picks the taps, unless the probes are there already.
@@ -167,13 +168,13 @@ class OnlineProbes:
         Raises:
             ValueError: The number of classes is not known yet.
         """
-        classes: Sequence[int | None] = [t.num_classes for t in self.targets]
-        if not classes:
+        tasks: Sequence[Task | None] = [target.task for target in self.targets]
+        if not tasks:
             asked = self._settings
-            known = expected_classes(asked.target, asked.num_classes, self._evidence())
-            classes = list(known.values()) * (1 + len(asked.baselines))
-        counts = [count for count in classes if count is not None]
-        if len(counts) < len(classes):
+            known = expected_tasks(asked.target, asked.num_classes, asked.task, self._evidence())
+            tasks = list(known.values()) * (1 + len(asked.baselines))
+        counts = [task.outputs for task in tasks if task is not None]
+        if len(counts) < len(tasks):
             raise ValueError(
                 "The number of classes is not known before the first batch. Pass num_classes= to "
                 "see the number of parameters, or call summary() after fit."
@@ -286,30 +287,32 @@ class OnlineProbes:
         x, y, _ = self._unpacked_spec(data_spec)
         self.choose_taps(x)
         wanted = self._settings
-        known = self.num_classes if self.built else wanted.num_classes
+        known = {"task": wanted.task, "num_classes": wanted.num_classes}
         targets = resolve_targets(
-            wanted.target, known, x, y, self._evidence(), wanted.sample_weight
+            wanted.target,
+            x_spec=x,
+            y_spec=y,
+            evidence=self._evidence(),
+            weigh=wanted.sample_weight,
+            **(self.known if self.built else known),
         )
+        targets = [dataclasses.replace(t, task=t.task.measuring(wanted.metrics)) for t in targets]
+        _check_metrics(wanted.metrics, targets)
         controls = [
-            Target(
-                name_of_baseline("shuffled", t.name),
-                RandomLabels(t.num_classes, t),
-                t.num_classes,
-                weigh=t.weigh,
-            )
+            RandomTarget(t.name, t.select, t.task, t.weigh, "shuffled")
             for t in targets
             if "shuffled" in wanted.baselines
         ]
         initial = [
-            dataclasses.replace(t, name=name_of_baseline("initial", t.name))
+            dataclasses.replace(t, baseline="initial")
             for t in targets
             if "initial" in wanted.baselines
         ]
         targets = [*targets, *controls, *initial]
-        if self.built and _classes(targets) != _classes(self.targets):
+        if self.built and _about(targets) != _about(self.targets):
             raise ValueError(
-                f"The probes were built for {_classes(self.targets)}. Received: labels of "
-                f"{_classes(targets)}. Use a new LinearProbeCallback for other labels."
+                f"The probes were built for {_about(self.targets)}. Received: labels of "
+                f"{_about(targets)}. Use a new LinearProbeCallback for other labels."
             )
         if self.built:
             self._take_targets(targets)
@@ -323,6 +326,8 @@ class OnlineProbes:
             if self._pending is not None:
                 self.restore(self._pending)
                 self._pending = None
+        if "train" in (at_hand := self._labels_at_hand()):
+            self._look_at_training_labels(at_hand["train"][0])
 
     def _unpacked_spec(self, data_spec: Any) -> tuple[Any, Any, Any]:
         """The spec of what probes see of a batch."""
@@ -336,23 +341,42 @@ class OnlineProbes:
 
     def _take_targets(self, targets: list[Target]) -> None:
         """Reads labels as the host's loss, which may have changed, says now."""
-        named = {target.name: target for target in targets}
+        named = {target.key: target for target in targets}
         if targets != self.targets:
             self.targets = targets
             for snapshot in self._snapshots:
-                snapshot.targets = [named[target.name] for target in snapshot.targets]
+                snapshot.targets = [named[target.key] for target in snapshot.targets]
                 snapshot.forward = None
 
     def _evidence(self) -> Evidence:
         # The loss of a host says nothing of the outputs of a network within it.
         outputs = self.plan.graph.outputs if self.probed is self.host else None
-        labels = labels_at_hand(self.host) if self._settings.unpack is None else ()
-        return Evidence(outputs, getattr(self.host, "loss", None), [y for y, _ in labels])
+        labels = [y for y, _ in self._labels_at_hand().values()]
+        return Evidence(outputs, getattr(self.host, "loss", None), labels)
+
+    def _labels_at_hand(self) -> dict[str, tuple[Any, Any]]:
+        return labels_at_hand(self.host) if self._settings.unpack is None else {}
+
+    def _look_at_training_labels(self, y: Any) -> None:
+        """Refuses labels that no probe can be fitted to, and takes the scale of numbers."""
+        for target in self.targets:
+            if not target.needs_x:
+                labels, task = target.labels(None, y), target.task
+                known = tf.cast(task.state(labels) == 0, tf.float32)
+                if reason := task.untrainable(task.tally(labels, known[None]).numpy()[0]):
+                    raise ValueError(f"{reason}, among the labels that fit was given.")
+                self._take_scale(target, labels)
+
+    def _take_scale(self, target: Target, labels: tf.Tensor) -> None:
+        """Takes the scale of numbers from some of them, where it is not known yet."""
+        if target.task.scaled:
+            found = (s.probes for s in self._snapshots if target.key in s.probes.targets)
+            next(found).set_scale(target.key, target.task.scale_of(labels.numpy()))
 
     def _add_snapshot(self, plan: TapPlan, targets: list[Target]) -> None:
-        classes = {target.name: target.num_classes for target in targets}
+        tasks = {target.key: target.task for target in targets}
         optimizer = own_optimizer(self._settings.optimizer)
-        probes = ProbeSet(self.plan.n_features, classes, optimizer)
+        probes = ProbeSet(self.plan.n_features, tasks, optimizer)
         self._snapshots.append(Snapshot(plan, targets, probes))
 
     def check(self, batches: Iterable[Any]) -> None:
@@ -364,12 +388,14 @@ class OnlineProbes:
                 # Before the first step, since an optimised graph may fail elsewhere first.
                 self.plan.check_rows(self.plan.features_of(x), self.targets[0].labels(x, y))
             for target in self.targets:
-                if x is not None or not (callable(target.select) or target.weigh):
+                if x is not None or not target.needs_x:
                     labels, _ = target.labels_and_weights(x, y, weights)
-                    missing[target] += int(tf.math.count_nonzero(labels == MISSING))
+                    self._take_scale(target, labels)
+                    state = target.task.state(labels)
+                    missing[target] += int(tf.math.count_nonzero(state == MISSING))
                     total[target] += len(labels)
-                    if tf.reduce_any(labels == WRONG):
-                        wrong[target] += int(tf.math.count_nonzero(labels == WRONG))
+                    if tf.reduce_any(state == WRONG):
+                        wrong[target] += int(tf.math.count_nonzero(state == WRONG))
                         examples[target] = target.raw(x, y)
         for target in self.targets:
             target.refuse(wrong[target], total[target], examples.get(target))
@@ -402,7 +428,7 @@ class OnlineProbes:
             plan = snapshot.plan
             now = plan is self.plan
             features = plan.features(recording) if now else plan.features_of(x)
-            pairs = {t.name: t.labels_and_weights(x, y, sample_weight) for t in snapshot.targets}
+            pairs = {t.key: t.labels_and_weights(x, y, sample_weight) for t in snapshot.targets}
             labels = {name: of_target for name, (of_target, _) in pairs.items()}
             weights = {name: of_target for name, (_, of_target) in pairs.items()}
             for label in labels.values():
@@ -441,6 +467,11 @@ class OnlineProbes:
         by_target = (snapshot.probes.sums(kind) for snapshot in self._snapshots)
         return {target: by_tap for sums in by_target for target, by_tap in sums.items()}
 
+    def targets_in_units(self) -> dict[str | None, Target]:
+        """Targets and baselines by key, whose tasks measure in the labels' own units."""
+        tasks = {k: task for s in self._snapshots for k, task in s.probes.tasks_in_units().items()}
+        return {t.key: dataclasses.replace(t, task=tasks[t.key]) for t in self.targets}
+
     def end_pass(self, kind: Kind, progress: Progress) -> Measured:
         """Ends an epoch of training, and refits the probes, or ends an evaluation.
 
@@ -454,7 +485,7 @@ class OnlineProbes:
         sums, refit = self.sums(kind), None
         examples = 0
         for target in self.targets:
-            of_tap = next(iter(sums[target.name].values()))
+            of_tap = next(iter(sums[target.key].values()))
             unlabelled = int(of_tap["unlabelled"])
             examples = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
             if unlabelled:
@@ -473,8 +504,9 @@ class OnlineProbes:
             first_pass=kind == "train" and self._first_pass,
             sums=sums,
             certificates={k: v for each in probes for k, v in each.certificates(kind).items()},
-            known={t: each.label_counts("train", t) for t, each in by_target.items()},
-            counts={t: each.label_counts(kind, t) for t, each in by_target.items()},
+            targets=self.targets_in_units(),
+            known={t: each.tally("train", t) for t, each in by_target.items()},
+            counts={t: each.tally(kind, t) for t, each in by_target.items()},
             refit=refit,
         )
 
@@ -512,8 +544,16 @@ def mebibytes(size: float) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def _classes(targets: Iterable[Target]) -> str:
-    return ", ".join(
-        f"{t.num_classes} classes" + (f" ({t.name!r})" if t.name is not None else "")
-        for t in targets
-    )
+def _check_metrics(metrics: Sequence[str], targets: Sequence[Target]) -> None:
+    """Refuses a metric that no target can be measured by."""
+    known = dict.fromkeys(metric for target in targets for metric in target.task.metrics)
+    for metric in metrics:
+        if metric not in known:
+            raise ValueError(
+                f"Expected metrics= of {', '.join(sorted({t.task.name for t in targets}))}: "
+                f"{', '.join(map(repr, known))}. Received: {metric!r}."
+            )
+
+
+def _about(targets: Iterable[Target]) -> str:
+    return ", ".join(t.task.about + (f" ({t.key!r})" if t.key is not None else "") for t in targets)

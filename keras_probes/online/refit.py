@@ -148,7 +148,7 @@ class Refitter:
             for name, part in snapshot.forward(batch).items():
                 parts[name].append(part)
         rows = {name: tf.concat(parts.pop(name), axis=0) for name in list(parts)}
-        labels = {t.name: rows["labels", t.name] for t in snapshot.targets}
+        labels = {t.key: rows["labels", t.key] for t in snapshot.targets}
         weights = {
             name: rows.get(("weights", name), tf.ones(len(of_target)))
             for name, of_target in labels.items()

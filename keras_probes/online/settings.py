@@ -17,8 +17,10 @@ class Settings:
     layers: Selector
     reduce: Reduce
     target: Any
+    task: str | Mapping[str, str] | None
     num_classes: int | Mapping[str, int] | None
     optimizer: keras.optimizers.Optimizer | str | None
+    metrics: tuple[str, ...]
     isolated: bool
     sample_weight: Callable[[Any, Any, Any], Any] | None
     every: int | str

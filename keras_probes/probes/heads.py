@@ -1,17 +1,18 @@
-"""The layers of a probe: running standardisation, and softmax-linear heads.
+"""The layers of a probe: running standardisation, and linear heads.
 
-In: features, float32, shape (batch, n_features), of several taps. Out: logits and probabilities,
-and gradients in closed form.
+In: features, float32, shape (batch, n_features), of several taps. Out: outputs and answers, and
+gradients in closed form.
 
 For a tap with features h, a probe is (paper, section 3.2)
 
     f(h) = softmax(W' z + b),   z = (h - mean) / (spread * sqrt(n_features)),
 
-which is affine in h, so that it folds back into one W and b on the raw features. Standardising by
-running statistics is what lets one learning rate serve every tap, and dividing by sqrt(n_features)
-gives z the same length at any width. W and b start at zero, since the problem is convex, and
-predictions are made with their average over the last steps, which smooths out the noise of small
-batches. Taps of equal width are stacked and share one product.
+or another function of these outputs, as the task has it. They are affine in h, so that it folds
+back into one W and b on the raw features. Standardising by running statistics is what lets one
+learning rate serve every tap, and dividing by sqrt(n_features) gives z the same length at any
+width. W and b start at zero, since the problem is convex, and predictions are made with their
+average over the last steps, which smooths out the noise of small batches. Taps of equal width are
+stacked and share one product.
 """
 
 from collections.abc import Callable, Sequence
@@ -162,19 +163,35 @@ class Standardize(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="keras_probes")
-class SoftmaxHeads(keras.layers.Layer):
-    """One softmax-linear classifier for each of several taps of equal width, for one target.
+class LinearHeads(keras.layers.Layer):
+    """One linear probe for each of several taps of equal width, for one target.
 
     `kernel` and `bias` are what the optimizer moves; predictions use their averages.
 
+    Args:
+        n_taps: Number of taps.
+        n_features: Number of features of each.
+        n_outputs: Number of outputs of a probe.
+        activation: What makes answers of outputs.
+        scaled: Whether answers are numbers with units: outputs times a spread, plus a mean.
+
     Input: float32, shape (n_taps, batch, n_features).
-    Output: list of `n_taps` float32 tensors of probabilities, shape (batch, num_classes).
+    Output: list of `n_taps` float32 tensors of answers, shape (batch, n_outputs).
     """
 
-    def __init__(self, n_taps: int, n_features: int, num_classes: int, **kwargs: Any):
+    def __init__(
+        self,
+        n_taps: int,
+        n_features: int,
+        n_outputs: int,
+        activation: str,
+        scaled: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
-        self.n_taps, self.n_features, self.num_classes = n_taps, n_features, num_classes
-        kernel, bias = (n_taps, n_features, num_classes), (n_taps, 1, num_classes)
+        self.n_taps, self.n_features, self.n_outputs = n_taps, n_features, n_outputs
+        self.activation, self.scaled = keras.activations.get(activation), scaled
+        kernel, bias = (n_taps, n_features, n_outputs), (n_taps, 1, n_outputs)
         trained = {**SAME, "trainable": True}
         self.kernel = self.add_weight(kernel, "zeros", name="kernel", **trained)
         self.bias = self.add_weight(bias, "zeros", name="bias", **trained)
@@ -182,6 +199,10 @@ class SoftmaxHeads(keras.layers.Layer):
         self.mean_bias = self.add_weight(bias, "zeros", name="mean_bias", **SAME)
         # The l2 penalties that refits chose; 0 before the first.
         self.l2 = self.add_weight((n_taps, 1, 1), "zeros", name="l2", **SAME)
+        # Mean and spread of the numbers to predict; a spread of 0 before they are known.
+        self.scale = (
+            self.add_weight((2, n_outputs), "zeros", name="scale", **SAME) if scaled else None
+        )
         self.built = True
 
     @property
@@ -190,18 +211,21 @@ class SoftmaxHeads(keras.layers.Layer):
         return [(self.kernel, self.mean_kernel), (self.bias, self.mean_bias)]
 
     def call(self, inputs):
-        return ops.unstack(ops.softmax(self.mean_logits(inputs)), self.n_taps)
+        answers = self.activation(self.mean_outputs(inputs))
+        if self.scale is not None:
+            answers = answers * self.scale[1] + self.scale[0]
+        return ops.unstack(answers, self.n_taps)
 
-    def logits(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Logits by the weights as the optimizer left them, (n_taps, batch, num_classes)."""
+    def outputs(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Outputs by the weights as the optimizer left them, (n_taps, batch, n_outputs)."""
         return tf.matmul(inputs, self.kernel) + self.bias
 
-    def mean_logits(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Logits by the averaged weights, shape (n_taps, batch, num_classes)."""
+    def mean_outputs(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Outputs by the averaged weights, shape (n_taps, batch, n_outputs)."""
         return ops.matmul(inputs, self.mean_kernel) + self.mean_bias
 
     def mean_weights(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """W and b of the predictions, (n_taps, n_features, num_classes) and (n_taps, 1, ...)."""
+        """W and b of the predictions, (n_taps, n_features, n_outputs) and (n_taps, 1, ...)."""
         return self.mean_kernel.value, self.mean_bias.value
 
     def gradients(
@@ -211,7 +235,7 @@ class SoftmaxHeads(keras.layers.Layer):
 
         Args:
             inputs: float32, shape (n_taps, batch, n_features).
-            residual: Gradient of the loss in the logits, as `residual_of` gives it.
+            residual: Gradient of the loss in the outputs, (n_taps, batch, n_outputs).
             penalty: Shape () or (n_taps, 1, 1); the bias has none.
 
         Returns:
@@ -222,7 +246,7 @@ class SoftmaxHeads(keras.layers.Layer):
         return [by_kernel + penalty * self.kernel, by_bias]
 
     def probe(self, place: int) -> np.ndarray:
-        """W over b of a tap's predictions, float64, shape (n_features + 1, num_classes)."""
+        """W over b of a tap's predictions, float64, shape (n_features + 1, n_outputs)."""
         parts = [of.value.numpy()[place] for of in (self.mean_kernel, self.mean_bias)]
         return np.concatenate(parts).astype("float64")
 
@@ -235,7 +259,7 @@ class SoftmaxHeads(keras.layers.Layer):
 
         Args:
             place: Of its tap.
-            weights: W over b, shape (n_features + 1, num_classes).
+            weights: W over b, shape (n_features + 1, n_outputs).
             l2: Its penalty.
         """
         for variable in (self.kernel, self.mean_kernel):
@@ -255,11 +279,17 @@ class SoftmaxHeads(keras.layers.Layer):
             mean.assign_add(rate * (variable - mean))
 
     def compute_output_shape(self, input_shape):
-        return [(input_shape[1], self.num_classes)] * self.n_taps
+        return [(input_shape[1], self.n_outputs)] * self.n_taps
 
     def get_config(self):
-        config = {"n_taps": self.n_taps, "n_features": self.n_features}
-        return {**super().get_config(), **config, "num_classes": self.num_classes}
+        return {
+            **super().get_config(),
+            "n_taps": self.n_taps,
+            "n_features": self.n_features,
+            "n_outputs": self.n_outputs,
+            "activation": keras.activations.serialize(self.activation),
+            "scaled": self.scaled,
+        }
 
 
 def _flat(reduce: Callable[..., tf.Tensor], of_groups: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -272,18 +302,3 @@ def _put(variable: keras.Variable, place: int | slice, value: Any) -> None:
     held = variable.value
     for of_replica in getattr(held, "values", (held,)):
         of_replica[place].assign(tf.cast(value, held.dtype))
-
-
-def residual_of(logits: tf.Tensor, labels: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-    """Gradient of mean_i(weight_i * cross-entropy_i) in the logits: (n_taps, batch, num_classes).
-
-    The mean is over the examples of all replicas, and each gets its own share of it.
-
-    Args:
-        logits: float32, shape (n_taps, batch, num_classes).
-        labels: int32, shape (batch,); an example with -1 is left out.
-        weight: float32, shape (n_taps, batch).
-    """
-    residual = tf.nn.softmax(logits) - tf.one_hot(labels, logits.shape[-1])
-    batch = sum_over_replicas(tf.cast(tf.shape(logits)[1], tf.float32))
-    return residual * (weight * tf.cast(labels >= 0, tf.float32) / batch)[..., None]

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_probes.probes.solver import Problem, fit_softmax
+from keras_probes.probes.problem import Problem
+from keras_probes.probes.solver import minimise
 
 # Half a decade apart. Features are standardised, so that one row serves every tap. Only few
 # features that vary together have their best penalty near its end.
@@ -100,7 +101,7 @@ def choose_penalty(
         left = last - problem.passes
         if left <= 0 and np.isfinite(lowest).all():
             return np.full(len(places), np.inf)
-        fit = fit_softmax(
+        fit = minimise(
             problem, penalties[places], start=latest, tol=tol, certify=False,
             max_passes=max(left, 1), only=only,
         )  # fmt: skip

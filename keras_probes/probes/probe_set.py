@@ -1,7 +1,7 @@
 """All probes of a host, side by side: one a tap and target, under one optimizer.
 
 In: features, float32, shape (batch, n_features), by tap; labels and weights by target. Out:
-probabilities, and sums from which error and loss are read.
+answers, and sums from which error and loss are read.
 
 Replicas of a host see a part of each batch: sums over examples are sums over all of them, and what
 comes of these is the same in each.
@@ -16,11 +16,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.probes.heads import SAME, SoftmaxHeads, Standardize, averaging_rate, residual_of
-from keras_probes.probes.measures import SUMS, batch_sums
+from keras_probes.probes.heads import SAME, LinearHeads, Standardize, averaging_rate
 from keras_probes.probes.refit import NARROW, refit
 from keras_probes.probes.replicas import sum_over_replicas
 from keras_probes.probes.spread import LARGEST
+from keras_probes.probes.tasks.task import Task
 
 # Numbers that the features of taps refitted side by side may have in all: beyond, a pass is worth
 # its calls, and probes that are done would be carried along.
@@ -29,18 +29,18 @@ STACK_PARAMETERS = 2**20  # likewise: what the solver keeps of them is to stay i
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target
-Sums = Mapping[str | None, Mapping[str, Mapping[str, float]]]  # by target, tap, name in SUMS
+Sums = Mapping[str | None, Mapping[str, Mapping[str, Any]]]  # by target, tap, and the task's name
 _Place = tuple[int, int]  # of a tap: its group, and which of that
 
 
-def parameters_of(n_features: int, num_classes: int) -> int:
+def parameters_of(n_features: int, outputs: int) -> int:
     """Number of trainable parameters of one probe: W and b."""
-    return (n_features + 1) * num_classes
+    return (n_features + 1) * outputs
 
 
-def memory_of(n_features: int, num_classes: int) -> int:
+def memory_of(n_features: int, outputs: int) -> int:
     """Bytes one probe takes: parameters, average, gradient, two optimizer slots, statistics."""
-    return 4 * (5 * parameters_of(n_features, num_classes) + 4 * n_features)
+    return 4 * (5 * parameters_of(n_features, outputs) + 4 * n_features)
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ class _Group:
 
     taps: list[str]
     n_features: int
-    heads: dict[str | None, SoftmaxHeads]
+    heads: dict[str | None, LinearHeads]
 
 
 class ProbeSet:
@@ -57,47 +57,53 @@ class ProbeSet:
 
     Args:
         n_features: Number of features of each tap, in graph order.
-        num_classes: Number of classes of each target; the key is its name, `None` if it has none.
+        tasks: What each target asks; the key is its name, `None` if it has none.
         optimizer: Keras optimizer for the probes, used by nobody else.
     """
 
     def __init__(
         self,
         n_features: Mapping[str, int],
-        num_classes: Mapping[str | None, int],
+        tasks: Mapping[str | None, Task],
         optimizer: keras.optimizers.Optimizer,
     ):
         self.taps = list(n_features)
-        self.targets = list(num_classes)
+        self.tasks = dict(tasks)
+        self.targets = list(tasks)
         self.optimizer = optimizer
         by_width: dict[int, list[str]] = defaultdict(list)
         for tap, width in n_features.items():
             by_width[width].append(tap)
-        self._groups = [_group(taps, width, num_classes) for width, taps in by_width.items()]
+        self._groups = [_group(taps, width, tasks) for width, taps in by_width.items()]
         shapes = [(len(group.taps), group.n_features) for group in self._groups]
         self._standardize = Standardize(shapes, name="standardize")
         # Steps that were taken, and examples they were taken on.
         self._steps = keras.Variable(0.0, dtype="float32", name="probe_steps", **SAME)
         self._examples = keras.Variable(0.0, dtype="float32", name="examples", **SAME)
         # float64 holds counts exactly and loses nothing over a long epoch.
-        shape = (len(self.targets) * len(self.taps), len(SUMS))
         self._sums = {
-            kind: keras.Variable(np.zeros(shape), dtype="float64", name=kind, **SAME)
+            (kind, target): keras.Variable(
+                np.zeros((len(self.taps), task.size)), dtype="float64", name=kind, **SAME
+            )
             for kind in ("train", "test")
+            for target, task in tasks.items()
         }
         # How far probes were from their optimum at the last refit, and are, and when that was; -1
         # where it is not known.
         self._certificates = keras.Variable(
-            np.full((shape[0], 2), -1.0), dtype="float64", name="certificates", **SAME
+            np.full((len(self.targets) * len(self.taps), 2), -1.0),
+            dtype="float64",
+            name="certificates",
+            **SAME,
         )
         self._refit_at = keras.Variable(-1.0, dtype="float32", name="refit_at", **SAME)
-        # How often each class is among the labels.
-        self._labels = {
+        # How often each label comes.
+        self._tallies = {
             (kind, target): keras.Variable(
-                np.zeros(classes), dtype="float64", name=f"{kind}_labels_{place}", **SAME
+                np.zeros(task.tally_size), dtype="float64", name=f"{kind}_labels_{place}", **SAME
             )
             for kind in ("train", "test")
-            for place, (target, classes) in enumerate(num_classes.items())
+            for place, (target, task) in enumerate(tasks.items())
         }
         self.optimizer.build(self._trainable())
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -107,15 +113,17 @@ class ProbeSet:
     def train(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch, then takes one step on it.
 
-        The step descends, for every tap and target, on mean_i(weight_i * cross-entropy_i) plus
+        The step descends, for every tap and target, on mean_i(weight_i * loss_i) plus
         `l2 / 2 * |W|^2`: the penalty that the last refit chose, and one example's share before it.
+        The mean is over the terms of the loss.
 
         Args:
             features: By tap, float32, shape (batch, n_features).
-            labels: By target, int32, shape (batch,); an example with -1 is left out.
+            labels: By target, as its task has them.
             weights: By target, float32, shape (batch,).
         """
         self._steps.assign_add(1.0)
+        labels = self._standardised(labels)
         x, finite = self._finite(self._stacked(features))
         self._standardize.update(x, finite)
         z = self._standardize.standardized(x)
@@ -125,15 +133,16 @@ class ProbeSet:
         self._examples.assign_add(examples)
 
         gradients = []
-        for target in self.targets:
+        for target, task in self.tasks.items():
             heads = [group.heads[target] for group in self._groups]
-            logits = [head.logits(of_group) for head, of_group in zip(heads, z, strict=True)]
-            weight = finite * weights[target]
+            outputs = [head.outputs(of_group) for head, of_group in zip(heads, z, strict=True)]
+            labelled = tf.cast(task.state(labels[target]) == 0, tf.float32)
             # As in the refit, where the mean is over weights, the penalty weighs as much as they.
             weight_of_all = sum_over_replicas(tf.reduce_sum(weights[target]))
             mean_weight = tf.math.divide_no_nan(weight_of_all, examples)
-            residual = residual_of(tf.concat(logits, axis=0), labels[target], weight)
-            parts = tf.split(residual, [len(group.taps) for group in self._groups])
+            share = finite * weights[target] * labelled / (examples * task.terms)
+            residual = task.residual(tf.concat(outputs, axis=0), labels[target])
+            parts = tf.split(residual * share[..., None], [len(g.taps) for g in self._groups])
             for head, of_group, part in zip(heads, z, parts, strict=True):
                 gradients += head.gradients(of_group, part, mean_weight * self._penalty(head))
         self.optimizer.apply(gradients, self._trainable())
@@ -141,7 +150,7 @@ class ProbeSet:
         for head in self._heads():
             head.average(rate)
 
-    def _shrink_the_lost(self, sums: tf.Tensor) -> None:
+    def _shrink_the_lost(self, sums: Mapping[str | None, tf.Tensor]) -> None:
         """Shrinks the probes that do worse on a batch than guessing, beyond what chance explains.
 
         The host moves on after a refit. A probe that rests on directions in which its features
@@ -151,11 +160,13 @@ class ProbeSet:
         Args:
             sums: Of the batch, as `_add_up` returns them.
         """
-        count, weight, loss = (
-            sums[:, SUMS.index(name)] for name in ("count", "weight", "weighted_loss")
-        )
-        classes = [heads.num_classes for heads in self._heads() for _ in range(heads.n_taps)]
-        of_guess = weight * (tf.constant(np.log(classes)) + tf.math.rsqrt(count))
+        of_guess, losses = [], []
+        for target, task in self.tasks.items():
+            places = [list(task.sums).index(of) for of in ("count", "weight", "weighted_loss")]
+            count, weight, loss = (sums[target][:, place] for place in places)
+            of_guess.append(weight * (task.guess_loss + tf.math.rsqrt(count)))
+            losses.append(loss)
+        of_guess, loss = tf.concat(of_guess, axis=0), tf.concat(losses, axis=0)
         factor = tf.where(loss > of_guess, 0.5 * of_guess / loss, 1.0)
         parts = tf.split(tf.cast(factor, tf.float32), [heads.n_taps for heads in self._heads()])
 
@@ -169,20 +180,21 @@ class ProbeSet:
         else:
             tf.cond(tf.reduce_any(loss > of_guess), shrink, lambda: tf.constant(False))
 
-    def _penalty(self, heads: SoftmaxHeads) -> tf.Tensor:
+    def _penalty(self, heads: LinearHeads) -> tf.Tensor:
         """The l2 penalties of a step, shape (n_taps, 1, 1)."""
         chosen = tf.convert_to_tensor(heads.l2)
         return tf.where(chosen > 0, chosen, 1.0 / tf.convert_to_tensor(self._examples))
 
     def test(self, features: Features, labels: Labels, weights: Labels) -> None:
         """Measures a batch; arguments as for `train`."""
+        labels = self._standardised(labels)
         x, finite = self._finite(self._stacked(features))
         self._add_up("test", self._standardize.standardized(x), finite, labels, weights)
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Number of features and of classes of each probe."""
+        """Number of features and of outputs of each probe."""
         each = [heads for heads in self._heads() for _ in range(heads.n_taps)]
-        return [(heads.n_features, heads.num_classes) for heads in each]
+        return [(heads.n_features, heads.n_outputs) for heads in each]
 
     def refit(
         self,
@@ -203,7 +215,7 @@ class ProbeSet:
 
         Args:
             features: By tap, float32, shape (n, n_features), of a host that stands still.
-            labels: By target, int32, shape (n,).
+            labels: By target, as its task has them.
             weights: By target, float32, shape (n,).
             kept: Share of the epoch's examples that are in the sample.
             passes: About how many passes over the sample to take for each probe.
@@ -212,14 +224,16 @@ class ProbeSet:
             progress: Takes what is going on, in words.
         """
         found: dict[tuple[str | None, str], tuple[float, float]] = {}
+        labels = self._standardised(labels)
         total = len(self.targets) * len(self.taps)
         options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed}
         for width, stack in self._stacks(len(next(iter(features.values())))):
             sampled = [self._sampled(*at, features[self._tap(*at)]) for at in stack]
             z = tf.stack([_wide(z, width) for z, _ in sampled])
             finite = tf.stack([counted for _, counted in sampled])
-            for target in self.targets:
-                counts = finite * weights[target] * tf.cast(labels[target] >= 0, tf.float32)
+            for target, task in self.tasks.items():
+                labelled = tf.cast(task.state(labels[target]) == 0, tf.float32)
+                counts = finite * weights[target] * labelled
                 if progress is not None:
                     progress(f"{len(found)} of {total}")
                 found |= self._refit(target, stack, z, labels[target], counts, options)
@@ -230,12 +244,12 @@ class ProbeSet:
     def _stacks(self, n: int) -> Iterator[tuple[int, list[_Place]]]:
         """The taps to refit side by side on n examples, and as how many features each is given."""
         by_width: dict[int, list[_Place]] = defaultdict(list)
-        most_classes = max(heads.num_classes for heads in self._heads())
+        most_outputs = max(task.outputs for task in self.tasks.values())
         for at, group in enumerate(self._groups):
             places = by_width[max(group.n_features, NARROW)]
             places += [(at, place) for place in range(len(group.taps))]
         for width, places in by_width.items():
-            parameters = parameters_of(min(width, n), most_classes)
+            parameters = parameters_of(min(width, n), most_outputs)
             side_by_side = max(1, min(STACK_SIZE // (n * width), STACK_PARAMETERS // parameters))
             for first in range(0, len(places), side_by_side):
                 yield width, places[first : first + side_by_side]
@@ -271,7 +285,7 @@ class ProbeSet:
         probes = [(self._groups[at].heads[target], place) for at, place in stack]
         start = np.stack([_wide_probe(heads.probe(at), z.shape[2]) for heads, at in probes])
         l2 = np.array([heads.penalty(at) for heads, at in probes])
-        result = refit(z, tf.maximum(labels, 0), weights, start, l2, **options)
+        result = refit(z, labels, weights, self.tasks[target], start, l2, **options)
         for (heads, at), w, penalty in zip(probes, result.weights, result.l2, strict=True):
             heads.restart(at, np.delete(w, np.s_[heads.n_features : -1], axis=0), penalty)
         keys = [(target, self._tap(*at)) for at in stack]
@@ -309,38 +323,70 @@ class ProbeSet:
         finite: tf.Tensor,
         labels: Labels,
         weights: Labels,
-    ) -> tf.Tensor:
-        """Takes a batch into the sums; returns its own, a row a probe."""
-        rows = []
-        for target in self.targets:
+    ) -> dict[str | None, tf.Tensor]:
+        """Takes a batch into the sums; returns its own by target, a row a tap."""
+        of_batch = {}
+        for target, task in self.tasks.items():
             pairs = zip(self._groups, z, strict=True)
-            logits = [group.heads[target].mean_logits(of_group) for group, of_group in pairs]
-            rows.append(
-                batch_sums(tf.concat(logits, axis=0), labels[target], weights[target], finite)
+            outputs = [group.heads[target].mean_outputs(of_group) for group, of_group in pairs]
+            rows = task.batch_sums(
+                tf.concat(outputs, axis=0), labels[target], weights[target], finite
             )
-            counted = self._labels[kind, target]
-            of_class = tf.one_hot(labels[target], counted.shape[0], dtype=tf.float64)
-            counted.assign_add(sum_over_replicas(tf.reduce_sum(of_class, axis=0)))
-        of_batch = sum_over_replicas(tf.concat(rows, axis=0))
-        self._sums[kind].assign_add(of_batch)
+            of_batch[target] = sum_over_replicas(rows)
+            self._sums[kind, target].assign_add(of_batch[target])
+            labelled = tf.cast(task.state(labels[target]) == 0, tf.float32)
+            tally = task.tally(labels[target], labelled[None])
+            self._tallies[kind, target].assign_add(sum_over_replicas(tally[0]))
         return of_batch
+
+    def scale(self, target: str | None) -> np.ndarray:
+        """Mean and spread of the numbers that a target predicts, float64, shape (2, outputs)."""
+        scale = self._groups[0].heads[target].scale
+        assert scale is not None
+        return scale.numpy().astype("float64")
+
+    def set_scale(self, target: str | None, scale: np.ndarray) -> None:
+        """Says what they are, unless that is known: probes that have trained go on in the same."""
+        for group in self._groups:
+            known = group.heads[target].scale
+            if known is not None and not known.numpy()[1].all():
+                known.assign(scale)
+
+    def tasks_in_units(self) -> dict[str | None, Task]:
+        """The tasks, which measure in the labels' own units."""
+        return {
+            target: task.in_units(self.scale(target)) if task.scaled else task
+            for target, task in self.tasks.items()
+        }
+
+    def _standardised(self, labels: Labels) -> dict[str | None, tf.Tensor]:
+        """Labels as probes see them: numbers with mean 0 and variance 1."""
+        found = dict(labels)
+        for target, task in self.tasks.items():
+            if task.scaled:
+                scale = tf.convert_to_tensor(self._groups[0].heads[target].scale)
+                found[target] = task.standardised(labels[target], scale)
+        return found
 
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
         """Starts a new epoch of training, or a new evaluation."""
-        self._sums[kind].assign(np.zeros(self._sums[kind].shape))
         for target in self.targets:
-            self._labels[kind, target].assign(np.zeros(self._labels[kind, target].shape))
+            for variable in (self._sums[kind, target], self._tallies[kind, target]):
+                variable.assign(np.zeros(variable.shape))
 
-    def label_counts(self, kind: Literal["train", "test"], target: str | None) -> np.ndarray:
-        """How often each class was among the labels since the last reset, shape (num_classes,)."""
-        return self._labels[kind, target].value.numpy()
+    def tally(self, kind: Literal["train", "test"], target: str | None) -> np.ndarray:
+        """How often each label came since the last reset, as the task has it, shape (m,)."""
+        return self._tallies[kind, target].value.numpy()
 
     def sums(self, kind: Literal["train", "test"]) -> Sums:
-        """Returns `sums[target][tap][name]` since the last reset, for the names in `SUMS`."""
-        rows = self._sums[kind].value.numpy().tolist()
-        pairs = zip(self._keys(), rows, strict=True)
-        found = {key: dict(zip(SUMS, row, strict=True)) for key, row in pairs}
-        return {t: {tap: found[t, tap] for tap in self.taps} for t in self.targets}
+        """Returns `sums[target][tap][name]` since the last reset, for the names of the task."""
+        by_group = [tap for group in self._groups for tap in group.taps]
+        found: dict[str | None, dict[str, dict[str, Any]]] = {}
+        for target, task in self.tasks.items():
+            rows = map(task.named, self._sums[kind, target].value.numpy())
+            of_tap = dict(zip(by_group, rows, strict=True))
+            found[target] = {tap: of_tap[tap] for tap in self.taps}
+        return found
 
     def certificates(self, kind: Literal["train", "test"]) -> dict[tuple[str | None, str], float]:
         """Upper bounds on how far the probes are above their optimum, in nats.
@@ -358,15 +404,18 @@ class ProbeSet:
         return {key: bound for key, bound in known if bound >= 0}
 
     def weights(self, tap: str, target: str | None) -> tuple[np.ndarray, np.ndarray]:
-        """The probe on the raw features: float32 W (n_features, num_classes), b (num_classes,)."""
+        """The probe on the raw features: float32 W (n_features, outputs), b (outputs,)."""
         at, group = next((at, g) for at, g in enumerate(self._groups) if tap in g.taps)
         place = group.taps.index(tap)
         # float64, since the two terms of b can be large and of opposite sign.
         mean, scale = (np.asarray(of, "float64") for of in self._standardize.of_tap(at, place))
         weights = group.heads[target].mean_weights()
         kernel, bias = (np.asarray(of_group, "float64")[place] for of_group in weights)
-        folded = scale[:, None] * kernel, bias[0] - (mean * scale) @ kernel
-        return folded[0].astype("float32"), folded[1].astype("float32")
+        kernel, bias = scale[:, None] * kernel, bias[0] - (mean * scale) @ kernel
+        if self.tasks[target].scaled:
+            centre, spread = self.scale(target)
+            kernel, bias = kernel * spread, bias * spread + centre
+        return kernel.astype("float32"), bias.astype("float32")
 
     @property
     def steps(self) -> int:
@@ -379,7 +428,7 @@ class ProbeSet:
         return int(self._examples.value.numpy())
 
     def outputs(self, features: Features) -> dict[str | None, dict[str, tf.Tensor]]:
-        """Returns `outputs[target][tap]`: probabilities, float32, shape (batch, num_classes)."""
+        """Returns `outputs[target][tap]`: the probes' answers, float32, shape (batch, outputs)."""
         found: dict[str | None, dict[str, Any]] = {target: {} for target in self.targets}
         z = self._standardize([[features[tap] for tap in group.taps] for group in self._groups])
         for of_group, group in zip(z, self._groups, strict=True):
@@ -400,7 +449,7 @@ class ProbeSet:
             "examples": self._examples,
             "certificates": self._certificates,
             "refit_at": self._refit_at,
-            **{f"labels/{i}": self._labels["train", t] for i, t in enumerate(self.targets)},
+            **{f"labels/{i}": self._tallies["train", t] for i, t in enumerate(self.targets)},
         }
 
     def _tap(self, group: int, place: int) -> str:
@@ -410,7 +459,7 @@ class ProbeSet:
         """Target and tap of each probe, in the order of the sums."""
         return [(t, tap) for t in self.targets for group in self._groups for tap in group.taps]
 
-    def _heads(self) -> list[SoftmaxHeads]:
+    def _heads(self) -> list[LinearHeads]:
         """By target, then by group."""
         return [group.heads[target] for target in self.targets for group in self._groups]
 
@@ -418,10 +467,17 @@ class ProbeSet:
         return [variable for heads in self._heads() for variable, _ in heads.averaged]
 
 
-def _group(taps: list[str], n_features: int, num_classes: Mapping[str | None, int]) -> _Group:
+def _group(taps: list[str], n_features: int, tasks: Mapping[str | None, Task]) -> _Group:
     heads = {
-        target: SoftmaxHeads(len(taps), n_features, classes, name=f"heads_{n_features}_{position}")
-        for position, (target, classes) in enumerate(num_classes.items())
+        target: LinearHeads(
+            len(taps),
+            n_features,
+            task.outputs,
+            task.activation,
+            task.scaled,
+            name=f"heads_{n_features}_{place}",
+        )
+        for place, (target, task) in enumerate(tasks.items())
     }
     return _Group(taps, n_features, heads)
 

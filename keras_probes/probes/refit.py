@@ -3,7 +3,7 @@
 In: standardised features of a host that stands still, labels, and the probes. Out: the probes that
 minimise
 
-    mean cross-entropy + l2/2 |w - a|^2 + trust/2 (w - v)' (H + l2) (w - v)
+    mean loss + l2/2 |w - a|^2 + trust/2 (w - v)' (H + l2) (w - v)
 
 where w is W and b, a and H are those of `solver`, v is what the probes were, and trust is `OTHERS`
 times the share of the epoch's examples that are not in the sample: what these have taught a probe
@@ -22,7 +22,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_probes.probes.path import PENALTIES, choose_penalty
-from keras_probes.probes.solver import RANK, Fit, Problem, fit_softmax
+from keras_probes.probes.problem import RANK, Problem
+from keras_probes.probes.solver import Fit, minimise
+from keras_probes.probes.tasks.task import Task
 
 TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
 # While penalties are compared, since a fit that stops early looks like a stronger one; and for
@@ -77,6 +79,7 @@ def refit(
     z: tf.Tensor,
     labels: tf.Tensor,
     weights: tf.Tensor,
+    task: Task,
     start: np.ndarray,
     l2: np.ndarray,
     *,
@@ -89,8 +92,9 @@ def refit(
 
     Args:
         z: Standardised features, float32, shape (T, n, d), n at least 2.
-        labels: int32, shape (n,).
+        labels: As the task has them, shape (n, ...).
         weights: float32, shape (T, n), not all 0; 0 for examples that do not count.
+        task: Of the labels.
         start: W over b, shape (T, d + 1, K).
         l2: The penalties that the last refit chose, shape (T,); 0 in the first.
         kept: Share of the epoch's examples that are in the sample, above 0 to 1.
@@ -105,7 +109,7 @@ def refit(
     if np.any(l2 == 0):
         passes = int(FIRST_PASSES * passes)
     z, begin, back = _within_span(z, start)
-    whole = Problem([(z, labels, weights)], (z.shape[0], z.shape[2], start.shape[2]))
+    whole = Problem([(z, labels, weights)], z.shape[2], task)
     penalties, found = l2, begin
     if np.any(l2 == 0) or epoch % SEARCH_EVERY == 0:
         order = np.random.default_rng((seed, epoch)).permutation(z.shape[1])
@@ -113,7 +117,7 @@ def refit(
     # The first probes there are come of a few steps, and stand for nothing.
     trust = np.where(l2 > 0, OTHERS * (1.0 - kept), 0.0)
     tol = FINE_TOL if z.shape[2] <= NARROW else TOL
-    fit = fit_softmax(
+    fit = minimise(
         whole, penalties, start=found, near=begin, trust=trust, tol=tol,
         max_passes=max(passes - whole.passes, passes // 2),
     )  # fmt: skip

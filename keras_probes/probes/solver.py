@@ -1,15 +1,16 @@
-r"""The optimal probe: multinomial logistic regression with an l2 penalty, and how near it came.
+r"""The optimal probe: a generalised linear model with an l2 penalty, and how near it came.
 
 In: standardised features z, labels and weights of examples, in blocks. Out: W and b, with a
 certificate.
 
-**Problem.** n examples with features z_i in R^d, labels y_i among K classes and weights s_i >= 0
-that sum to S; u_i = z_i W + b, p_i = softmax(u_i). Minimise over W in R^(d x K) and b in R^K
+**Problem.** n examples with features z_i in R^d, labels y_i and weights s_i >= 0, whose terms of
+the loss weigh S in all; u_i = z_i W + b in R^K. Minimise over W in R^(d x K) and b in R^K
 
-    F(W, b) = 1/S sum_i s_i (logsumexp(u_i) - u_i[y_i]) + l2/2 (|W - A|^2 + |b - a|^2)
+    F(W, b) = 1/S sum_i s_i loss(u_i, y_i) + l2/2 (|W - A|^2 + |b - a|^2)
 
-where the centre is A = 0, a = the log of the class frequencies: what a probe says that knows
-nothing of the features. With R_i = s_i (p_i - e[y_i]) the gradients are
+where the loss, which the task tells, is convex and nowhere below 0, such as the cross-entropy
+logsumexp(u_i) - u_i[y_i]. The centre is A = 0, a = what a probe says that knows nothing of the
+features, such as the log of the class frequencies. With R_i = s_i dloss/du_i the gradients are
 
     dF/dW = Z'R / S + l2 (W - A),   dF/db = 1'R / S + l2 (b - a).
 
@@ -26,12 +27,16 @@ nats in the mean (Wilks 1938). Beyond `CHANCE` times that, the features have bec
 The best such lower bound of all points visited, and 0, bounds how far F is above its optimum.
 
 **Method.** L-BFGS (Nocedal & Wright 2006, algorithm 7.4). Its initial inverse Hessian is that of
-the mean softmax: with Z'SZ/S near Q diag(lam) Q' + rest (I - QQ'), and theta_c the mean of
-p_c (1 - p_c), the Hessian is about lam x theta + l2. Q comes of a randomised sketch of rank `RANK`
-(Nystroem; Frangella, Tropp & Udell 2023), which costs a few passes where all of Z'SZ would cost
-many, and needs as few steps. The pairs that L-BFGS keeps are of the loss alone, so that they serve
-every penalty of a path. Tried and dropped: the whole eigenbasis (as many passes, a hundred times
-the cost), Newton's method with conjugate gradients, pairs kept from one epoch to the next.
+the mean example: with Z'SZ/S near Q diag(lam) Q' + rest (I - QQ'), and theta_c the mean second
+derivative of the loss in u_c, p_c (1 - p_c) of a softmax, the Hessian is about lam x theta + l2. Q
+comes of a randomised sketch of rank `RANK` (Nystroem; Frangella, Tropp & Udell 2023), which costs a
+few passes where all of Z'SZ would cost many, and needs as few steps. The pairs that L-BFGS keeps
+are of the loss alone, so that they serve every penalty of a path. Tried and dropped: the whole
+eigenbasis (as many passes, a hundred times the cost), Newton's method with conjugate gradients,
+pairs kept from one epoch to the next.
+
+Of numbers to predict, F is a quadratic, and its optimum is known in closed form for every penalty
+once Z'SZ is taken apart into eigenvectors.
 
 Several taps of one width are solved side by side, T of them: a pass over few features costs more
 in calls than in products. All arrays have T as their first axis.
@@ -39,25 +44,16 @@ in calls than in products. All arrays have T as their first axis.
 
 import collections
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
 
 import numpy as np
-import tensorflow as tf
 
-# z: float32 (T, rows, d); labels: int32 (rows,); weights: float32 (T, rows).
-Block: TypeAlias = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+from keras_probes.probes.problem import PAIRS, Problem
 
-PAIRS = 10  # that L-BFGS keeps
-RANK = 32  # of the sketch of Z'SZ
-EXACT = 64  # up to so many features it is no sketch
-SMOOTHING = 0.5  # examples more of each class: the log of none is nothing to pull to
-MIN_VARIANCE = 1e-6  # of the largest, in any direction
 MIN_CURVATURE = 1e-7  # of a class; below, float32 can't tell
 SAFETY = 0.2  # the estimated distance from the optimum is up to a few times too small
 CHANCE = 2.0  # times the mean: by chance it is hardly ever more
 MAX_BACKTRACKS = 20
+LARGEST_GRAM = 4096  # features and a bias: least squares of more are descended on too
 _ARMIJO = 1e-4
 _ROUNDING = {"float32": 3e-8, "float64": 1e-15}  # relative error of F from point to point
 _ERROR = {"float32": 1e-7, "float64": 1e-15}  # relative error of F at most
@@ -112,159 +108,6 @@ class _Point:
         return _Point(
             *(_chosen(taken, *of) for of in zip(_arrays(self), _arrays(other), strict=True))
         )
-
-
-class Problem:
-    """The examples that T probes are fitted to.
-
-    Args:
-        blocks: Yields the examples, standardised, from the first on whenever it is gone through.
-        shape: (T, d, K).
-        basis: Of a problem with nearly the same features; by default it costs a pass.
-
-    Attributes:
-        passes: How often the examples were read.
-    """
-
-    def __init__(
-        self,
-        blocks: Iterable[Block],
-        shape: tuple[int, int, int],
-        basis: "Basis | None" = None,
-    ):
-        taps, features, classes = shape
-        self.shape = (taps, features + 1, classes)
-        self.passes = 0
-        self.pairs: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
-            maxlen=PAIRS
-        )
-        self._blocks = blocks
-        self._counts = np.full((taps, classes), SMOOTHING)
-        for _, labels, weights in blocks:
-            of_class = tf.one_hot(labels, classes, dtype=tf.float64)
-            self._counts += tf.matmul(tf.cast(weights, tf.float64), of_class).numpy()
-        self.total = self._counts.sum(axis=1) - classes * SMOOTHING
-        self.basis = basis or Basis.of(self._read(), features, self.total)
-
-    def of_examples(self, places: np.ndarray) -> "Problem":
-        """The same of some examples alone; for a problem whose examples are one block."""
-        ((z, labels, weights),) = self._blocks
-        block = tf.gather(z, places, axis=1), tf.gather(labels, places)
-        taps, width, classes = self.shape
-        weights = tf.gather(weights, places, axis=1)
-        return Problem([(*block, weights)], (taps, width - 1, classes), self.basis)
-
-    def guess(self) -> np.ndarray:
-        """What a probe says that knows nothing of the features: W = 0, b the log frequencies."""
-        weights = np.zeros(self.shape)
-        weights[:, -1] = np.log(self._counts / self._counts.sum(axis=1, keepdims=True))
-        return weights
-
-    def losses(
-        self, weights: np.ndarray, dtype: str = "float32"
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One pass: mean cross-entropy, its gradient and the curvature of each class.
-
-        Args:
-            weights: W over b, shape (T, d + 1, K).
-            dtype: Of the products; sums over blocks are of float64.
-
-        Returns:
-            Arrays of shape (T,), (T, d + 1, K) and (T, K).
-        """
-        kernel = tf.constant(weights[:, :-1].swapaxes(1, 2), dtype)
-        bias = tf.constant(weights[:, -1, :, None], dtype)
-        loss, gradient = np.zeros(self.shape[0]), np.zeros(self.shape)
-        curvature = np.zeros((self.shape[0], self.shape[2]))
-        for z, labels, of_rows in self._read():
-            sums = _sums(dtype)(tf.cast(z, dtype), labels, tf.cast(of_rows, dtype), kernel, bias)
-            loss += sums[0].numpy()
-            gradient[:, :-1] += sums[1].numpy().swapaxes(1, 2)
-            gradient[:, -1] += sums[2].numpy()
-            curvature += sums[3].numpy()
-        total = self.total[:, None]
-        return loss / self.total, gradient / total[..., None], curvature / total
-
-    def _read(self) -> Iterable[Block]:
-        self.passes += 1
-        return self._blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class Basis:
-    """Where features vary most: Z'SZ/S is about Q diag(variances) Q' + rest (I - QQ').
-
-    Attributes:
-        vectors: Q, float32, shape (T, d, r).
-        variances: Shape (T, r, 1).
-        rest: Mean variance in all other directions, shape (T, 1, 1).
-    """
-
-    vectors: tf.Tensor
-    variances: np.ndarray
-    rest: np.ndarray
-
-    @classmethod
-    def of(cls, blocks: Iterable[Block], features: int, total: np.ndarray) -> "Basis":
-        """Sketches Z'SZ/S in one pass; exact up to `EXACT` features."""
-        rank = features if features <= EXACT else RANK
-        probe = _drawn(features, rank)
-        omega = tf.constant(probe, tf.float32)
-        sketch, trace = np.zeros((len(total), features, rank)), np.zeros(len(total))
-        for z, _, weights in blocks:
-            weighted = z * weights[..., None]
-            sketch += tf.matmul(weighted, tf.matmul(z, omega), transpose_a=True).numpy()
-            trace += tf.reduce_sum(weighted * z, axis=(1, 2)).numpy()
-        sketch /= total[:, None, None]
-        # Algorithm 16 of Martinsson & Tropp 2020: a small shift keeps the core positive.
-        shift = 1e-6 * np.maximum(np.linalg.norm(sketch, axis=(1, 2)), 1e-30)[:, None, None]
-        shifted = sketch + shift * probe
-        core = np.einsum("ij,tik->tjk", probe, shifted)
-        values, vectors = _eigh((core + core.swapaxes(1, 2)) / 2)
-        half = shifted @ (vectors / np.sqrt(np.maximum(values, shift[:, 0] * 1e-3)[:, None]))
-        squares, turn = _eigh(half.swapaxes(1, 2) @ half)
-        squares = np.maximum(squares, 1e-30)[:, None]
-        # Less than that float32 does not distinguish from nothing.
-        least = MIN_VARIANCE * squares.max(axis=(1, 2), keepdims=True)
-        variances = np.maximum(squares - shift, least)
-        left = trace / total - variances.sum(axis=(1, 2))
-        return cls(
-            tf.constant(half @ turn / np.sqrt(squares), tf.float32),
-            variances.swapaxes(1, 2),
-            np.maximum((left / max(features - rank, 1))[:, None, None], least),
-        )
-
-    def product(self, step: np.ndarray, curvature: np.ndarray, l2: np.ndarray) -> np.ndarray:
-        """The approximate Hessian times `step`.
-
-        Args:
-            step: Shape (T, d + 1, K).
-            curvature: theta, shape (T, K).
-            l2: Shape (T,).
-        """
-        return self._applied(lambda hessian: hessian, step, curvature, l2)
-
-    def solution(self, gradient: np.ndarray, curvature: np.ndarray, l2: np.ndarray) -> np.ndarray:
-        """Its inverse times `gradient`; arguments as of `product`."""
-        return self._applied(np.reciprocal, gradient, curvature, l2)
-
-    def _applied(
-        self,
-        function: Callable[[np.ndarray], np.ndarray],
-        of: np.ndarray,
-        curvature: np.ndarray,
-        l2: np.ndarray,
-    ) -> np.ndarray:
-        """A function of the approximate Hessian, times `of`."""
-        theta, l2 = curvature[:, None], l2[:, None, None]
-        beside = function(self.rest * theta + l2)
-        result = np.empty_like(of)
-        result[:, :-1] = of[:, :-1] * beside
-        inner = tf.matmul(self.vectors, tf.constant(of[:, :-1], tf.float32), transpose_a=True)
-        within = inner.numpy() * (function(self.variances * theta + l2) - beside)
-        result[:, :-1] += tf.matmul(self.vectors, tf.constant(within, tf.float32)).numpy()
-        result[:, -1:] = of[:, -1:] * function(theta + l2)
-        return result
 
 
 class _Descent:
@@ -391,7 +234,7 @@ class _Descent:
         keep = valid[:, None, None]
         self._problem.pairs.append((step * keep, change * keep))
         step, change, inverse = self._remember(*self._problem.pairs[-1])
-        # By how much the curvature lately seen is above that of the mean softmax.
+        # By how much the curvature lately seen is above that of the mean example.
         along = _inner(change, self._preconditioned(change, after))
         ratio = 1 / np.where(inverse * along > 0, inverse * along, 1.0)
         self._scale = np.where(inverse * along > 0, ratio, self._scale)
@@ -431,7 +274,7 @@ class _Descent:
         return self._problem.basis.solution(gradient, curvature, self.l2 + self._l2_near)
 
 
-def fit_softmax(
+def minimise(
     problem: Problem,
     l2: np.ndarray | float,
     *,
@@ -461,8 +304,11 @@ def fit_softmax(
     """
     last = problem.passes + max_passes
     start = problem.guess() if start is None else start
-    descent = _Descent(problem, l2, start, start if near is None else near, trust)
+    near = start if near is None else near
     moving = np.ones(problem.shape[0], bool) if only is None else only.copy()
+    if problem.task.scaled and problem.shape[1] <= LARGEST_GRAM:
+        return _solved(problem, l2, start, near, trust, tol, moving)
+    descent = _Descent(problem, l2, start, near, trust)
     while True:
         descent.aim(moving)
         at_optimum = descent.certificate() <= tol if certify else descent.left() <= SAFETY * tol
@@ -491,14 +337,54 @@ def fit_softmax(
     )
 
 
-def _eigh(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and eigenvectors, by TensorFlow.
+def _solved(
+    problem: Problem,
+    l2: np.ndarray | float,
+    start: np.ndarray,
+    near: np.ndarray,
+    trust: np.ndarray | float,
+    tol: float,
+    moving: np.ndarray,
+) -> Fit:
+    """The optimum of least squares in closed form; arguments as of `minimise`.
 
-    The threads of NumPy's LAPACK wait for each other busily: where others compute too, as the host
-    does, the small ones of here took a hundred times as long.
+    With w = centre + v, F is mean loss of the centre - g'v + v'(H + l2)v / 2.
     """
-    values, vectors = tf.linalg.eigh(tf.constant(symmetric))
-    return values.numpy(), vectors.numpy()
+    taps = problem.shape[:1]
+    l2 = np.broadcast_to(np.asarray(l2, "float64"), taps)
+    (values, vectors), gradient, of_centre = problem.quadratic
+    centre = problem.guess()
+    curvature = values[..., None] + l2[:, None, None]
+
+    def turned(weights: np.ndarray) -> np.ndarray:
+        return vectors.swapaxes(1, 2) @ (weights - centre)
+
+    def objective(v: np.ndarray) -> np.ndarray:
+        return of_centre + _inner(v, curvature * v / 2 - gradient)
+
+    optimum, earlier = gradient / curvature, turned(near)
+    began = objective(earlier)
+    by_chance = problem.shape[1] * problem.shape[2] / problem.total
+    trust = np.where(began - objective(optimum) <= CHANCE * by_chance, trust, 0.0)
+    pull = trust[:, None, None]
+    v = (optimum + pull * earlier) / (1 + pull)
+    v = np.where(moving[:, None, None], v, turned(start))
+    away = v - earlier
+    left = curvature * v - gradient + pull * curvature * away
+    reached = objective(v) + trust / 2 * _inner(away, curvature * away)
+    above = _inner(left, left) / (2 * l2 * (1 + trust)) + _ERROR["float64"] * np.abs(reached)
+    return Fit(
+        weights=centre + vectors @ v,
+        l2=l2,
+        objective=reached,
+        began=began,
+        gradient_norm=np.sqrt(_inner(left, left)),
+        certificate=above,
+        lower=np.maximum(reached - above, 0.0),
+        trust=trust,
+        steps=moving.astype(int),
+        converged=above <= tol,
+    )
 
 
 def _inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -512,49 +398,3 @@ def _chosen(taken: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray
 
 def _arrays(point: _Point) -> list[np.ndarray]:
     return [getattr(point, field.name) for field in dataclasses.fields(point)]
-
-
-@functools.cache
-def _sums(dtype: str) -> Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]]:
-    """What a block adds to the loss, Z'R (transposed), 1'R and the curvature.
-
-    Returns:
-        A compiled function of z, shape (T, rows, d); labels, int32, shape (rows,); weights, shape
-        (T, rows); W transposed, shape (T, K, d); and b, shape (T, K, 1).
-    """
-
-    # Classes before rows: products are the fastest that way round, and so are sums over classes.
-    def sums(
-        z: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-        logits = tf.matmul(kernel, z, transpose_b=True) + bias
-        is_label = tf.one_hot(labels, tf.shape(kernel)[1], axis=0, dtype=z.dtype)
-        # By hand: TensorFlow's cross-entropy would find the exponentials a second time.
-        logits -= tf.reduce_max(logits, axis=1, keepdims=True)
-        p = tf.exp(logits)
-        total = tf.reduce_sum(p, axis=1, keepdims=True)
-        p /= total
-        of_label = tf.reduce_sum(logits * is_label, axis=1)
-        losses = weights * (tf.math.log(total[:, 0]) - of_label)
-        weighted = weights[:, None] * p
-        residual = weighted - weights[:, None] * is_label
-        return (
-            tf.reduce_sum(tf.cast(losses, tf.float64), axis=1),
-            tf.matmul(residual, z),
-            tf.reduce_sum(residual, axis=2),
-            tf.reduce_sum(weighted - weighted * p, axis=2),
-        )
-
-    # Compiled once for all sizes, and called without the search for the right trace.
-    shapes = ((None,) * 3, (None,), (None,) * 2, (None,) * 3, (None, None, 1))
-    dtypes = (dtype, "int32", dtype, dtype, dtype)
-    specs = [tf.TensorSpec(*spec) for spec in zip(shapes, dtypes, strict=True)]
-    return tf.function(sums, autograph=False).get_concrete_function(*specs)
-
-
-@functools.cache
-def _drawn(features: int, rank: int) -> np.ndarray:
-    """Orthonormal directions for a sketch, shape (features, rank)."""
-    if rank == features:
-        return np.eye(features)
-    return np.linalg.qr(np.random.default_rng(0).normal(size=(features, rank)))[0]

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -18,7 +19,16 @@ import numpy as np
 import pandas as pd
 
 from keras_probes.results.record import ProbeResults
-from keras_probes.results.schema import NUMBERS, Node, Probe, Refit, Row, TapInfo
+from keras_probes.results.schema import (
+    BASELINES,
+    NUMBERS,
+    Node,
+    Probe,
+    Refit,
+    Row,
+    TapInfo,
+    wilson_interval,
+)
 
 _MANIFEST = "probes.json"
 _FORMAT = 1
@@ -48,7 +58,10 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
         "format": _FORMAT,
         "files": files,
         "taps": [dataclasses.asdict(tap) for tap in results.taps],
-        "probes": [{"target": target, "tap": tap} for target, tap in results.probes],
+        "probes": [
+            {"target": target, "tap": tap, "activation": probe.activation}
+            for (target, tap), probe in results.probes.items()
+        ],
         "reductions": results.reductions,
         "graph": [dataclasses.asdict(node) for node in results.graph],
         "settings": results.settings,
@@ -83,11 +96,15 @@ def load(directory: str | os.PathLike) -> ProbeResults:
         if "probes" in contents:
             arrays = np.load(io.BytesIO(contents["probes"]), allow_pickle=False)
             for place, key in enumerate(manifest["probes"]):
-                probe = Probe(arrays[f"kernel_{place}"], arrays[f"bias_{place}"])
+                probe = Probe(
+                    arrays[f"kernel_{place}"],
+                    arrays[f"bias_{place}"],
+                    key.get("activation", "softmax"),
+                )
                 probes[key["target"], key["tap"]] = probe
         return ProbeResults(
             [TapInfo.from_json(tap) for tap in manifest["taps"]],
-            _rows(contents["measures"]),
+            _rows(contents["measures"], manifest["settings"]),
             probes=probes,
             reductions=manifest["reductions"],
             graph=map(Node.from_json, manifest["graph"]),
@@ -116,16 +133,36 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     os.replace(partial, path)
 
 
-def _rows(csv: bytes) -> list[Row]:
+def _rows(csv: bytes, settings: dict[str, Any]) -> list[Row]:
     frame = pd.read_csv(
         io.BytesIO(csv),
-        dtype={"target": str, "tap": str, "split": str, "metric": str},
+        dtype=dict.fromkeys(("target", "baseline", "tap", "split", "metric"), str),
         float_precision="round_trip",  # pandas 2's own parser loses the last digits
         keep_default_na=False,
         na_values={column: [""] for column in NUMBERS},
     )
+    if "baseline" not in frame:
+        frame = _of_today(frame, settings)
     records: list[dict[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
-    return [Row(**{**record, "target": record["target"] or None}) for record in records]
+    names = ("target", "baseline")
+    return [Row(**record | {name: record[name] or None for name in names}) for record in records]
+
+
+def _of_today(frame: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
+    """Measures as they are saved now, of those saved when baselines were targets by another name.
+
+    At that time all were of classification.
+    """
+    asked = [name for name in BASELINES if name in str(settings.get("baselines", ""))]
+    parts = frame["target"].str.extract(f"^(.*?)_?({'|'.join(asked) or '(?!)'})$")
+    frame["baseline"] = parts[1].fillna("")
+    frame["target"] = parts[0].fillna(frame["target"])
+    intervals = [
+        wilson_interval(value, n) if metric in ("error", "top5_error") else (math.nan, math.nan)
+        for metric, value, n in zip(frame["metric"], frame["value"], frame["n"], strict=True)
+    ]
+    frame[["ci_low", "ci_high"]] = np.reshape(intervals, (-1, 2))
+    return frame
 
 
 def _read_whole(path: pathlib.Path, digest: str) -> bytes:

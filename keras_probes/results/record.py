@@ -3,7 +3,6 @@
 In: one `Row` a measure. Out: a tidy frame, the probes, files; by way of `view`, all else.
 """
 
-import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +12,7 @@ import keras
 import pandas as pd
 
 from keras_probes.results.schema import (
-    BASELINES,
     COLUMNS,
-    ERRORS,
     NUMBERS,
     SPLITS,
     Node,
@@ -23,12 +20,12 @@ from keras_probes.results.schema import (
     Refit,
     Row,
     TapInfo,
-    name_of_baseline,
-    wilson_interval,
 )
 
 if TYPE_CHECKING:
     from keras_probes.view.diagnose import Findings
+
+_Kind = tuple[str | None, str, str | None]  # target, metric, baseline
 
 
 class ProbeResults:
@@ -61,8 +58,8 @@ class ProbeResults:
     ):
         self.taps = list(taps)
         self._rows: list[Row] = []
-        # The latest row of each tap: by target and metric, then by split and epoch.
-        self._passes: dict[tuple[str | None, str], dict[tuple[str, int], dict[str, Row]]] = {}
+        # The latest row of each tap: by target, metric and baseline, then by split and epoch.
+        self._passes: dict[_Kind, dict[tuple[str, int], dict[str, Row]]] = {}
         self.add(rows)
         self.probes = dict(probes or {})
         self.reductions = dict(reductions or {})
@@ -76,7 +73,7 @@ class ProbeResults:
         """Takes further measures into the record."""
         for row in rows:
             self._rows.append(row)
-            passes = self._passes.setdefault((row.target, row.metric), {})
+            passes = self._passes.setdefault((row.target, row.metric, row.baseline), {})
             passes.setdefault((row.split, row.epoch), {})[row.tap] = row
 
     @property
@@ -91,8 +88,9 @@ class ProbeResults:
         """Returns all measures, tidy: one row for each.
 
         Returns:
-            A frame with the columns `epoch`, `step`, `split`, `target`, `tap`, `depth`, `metric`,
-            `value`, `n`, `ci_low` and `ci_high` (95% Wilson interval of an error, NaN for a loss),
+            A frame with the columns `epoch`, `step`, `split`, `target`, `baseline` (of what was
+            measured beside the probes), `tap`, `depth`, `metric`,
+            `value`, `n`, `ci_low` and `ci_high` (95% interval of an error, NaN for a loss),
             `nonfinite` (examples left out since a feature was NaN or infinite), `unlabelled`
             (those left out since their label is missing or is no class), `certificate`
             (nats the probe's training objective may be above its optimum, NaN if not known), and
@@ -106,15 +104,12 @@ class ProbeResults:
         depths = {tap.name: tap.depth for tap in self.taps}
         records = []
         for row in rows:
-            low, high = math.nan, math.nan
-            if row.metric in ERRORS:
-                low, high = wilson_interval(row.value, row.n)
-            extra = {"depth": depths[row.tap], "ci_low": low, "ci_high": high}
-            records.append({**vars(row), **extra})
+            records.append({**vars(row), "depth": depths[row.tap]})
         frame = pd.DataFrame.from_records(records, columns=list(COLUMNS))
-        # pandas 3 would make NaN of the None of an unnamed target beside a named baseline.
-        frame["target"] = pd.Series([row.target for row in rows], frame.index, dtype=object)
-        return frame.astype(dict.fromkeys((*NUMBERS, "ci_low", "ci_high"), "float64"))
+        for column in ("target", "baseline"):  # pandas 3 would make NaN of None beside a name
+            names = [getattr(row, column) for row in rows]
+            frame[column] = pd.Series(names, frame.index, dtype=object)
+        return frame.astype(dict.fromkeys(NUMBERS, "float64"))
 
     def measured(
         self,
@@ -123,6 +118,7 @@ class ProbeResults:
         split: str | None = None,
         epoch: int | None = None,
         target: str | None = None,
+        baseline: str | None = None,
     ) -> pd.DataFrame:
         """Returns what a split's latest measures were, one row a tap in graph order.
 
@@ -131,7 +127,8 @@ class ProbeResults:
             split: `"train"`, `"validation"` or `"test"`; by default the last of these that was
                 measured.
             epoch: Which epoch, from 0; by default the split's latest.
-            target: Which target or baseline; may be left out if there is only one target.
+            target: Which target; may be left out if there is only one.
+            baseline: Which baseline of it, `"initial"` or `"shuffled"`; the probes by default.
 
         Returns:
             A frame indexed by tap, with the other columns of `frame()`.
@@ -145,14 +142,15 @@ class ProbeResults:
                 "Nothing to show: no epoch of `fit` has ended with these probes in it."
             )
         name = self.resolve_target(target)
-        passes = self._passes.get((name, metric), {})
+        passes = self._passes.get((name, metric, baseline), {})
         found = {of_pass for of_pass, at in passes if epoch in (None, at)}
         wanted = split or next((s for s in reversed(SPLITS) if s in found), None)
-        latest = self.latest(metric, name, split=wanted, epoch=epoch)
+        latest = self.latest(metric, name, baseline=baseline, split=wanted, epoch=epoch)
         if not latest:
             of_target = [row for row in self.rows if row.target == name]
             raise ValueError(
                 f"Nothing to show for metric={metric!r}, epoch={epoch!r}, target={target!r}"
+                + (f", baseline={baseline!r}" if baseline else "")
                 + (f", split={split!r}" if split else "")
                 + f". Measured: metrics {_known(row.metric for row in of_target)}, epochs "
                 f"{_known(row.epoch for row in of_target)}, splits "
@@ -166,6 +164,7 @@ class ProbeResults:
         metric: str,
         target: str | None,
         *,
+        baseline: str | None = None,
         split: str | None = None,
         epoch: int | None = None,
     ) -> dict[str, Row]:
@@ -173,25 +172,33 @@ class ProbeResults:
 
         Args:
             metric: Which measure.
-            target: Which target or baseline, by its own name.
+            target: Which target, by its own name.
+            baseline: Which baseline of it; the probes by default.
             split: Which split; any by default.
             epoch: Which epoch, from 0; any by default.
         """
         latest: dict[str, Row] = {}
-        for (of_split, of_epoch), rows in self._passes.get((target, metric), {}).items():
+        passes = self._passes.get((target, metric, baseline), {})
+        for (of_split, of_epoch), rows in passes.items():
             if split in (None, of_split) and epoch in (None, of_epoch):
                 latest |= rows
         return latest
 
     def history(
-        self, metric: str = "error", *, split: str | None = None, target: str | None = None
+        self,
+        metric: str = "error",
+        *,
+        split: str | None = None,
+        target: str | None = None,
+        baseline: str | None = None,
     ) -> pd.DataFrame:
         """Returns a measure at every epoch.
 
         Args:
             metric: Which measure.
             split: Which split; by default the last measured of train, validation and test.
-            target: Which target or baseline; may be left out if there is only one.
+            target: Which target; may be left out if there is only one.
+            baseline: Which baseline of it; the probes by default.
 
         Returns:
             A frame with a row a tap, in graph order, and a column an epoch, from 0.
@@ -199,8 +206,8 @@ class ProbeResults:
         Raises:
             ValueError: As `measured`.
         """
-        latest = self.measured(metric, split=split, target=target)
-        passes = self._passes[self.resolve_target(target), metric]
+        latest = self.measured(metric, split=split, target=target, baseline=baseline)
+        passes = self._passes[self.resolve_target(target), metric, baseline]
         values = {
             epoch: {tap: row.value for tap, row in rows.items()}
             for (of_split, epoch), rows in passes.items()
@@ -211,13 +218,8 @@ class ProbeResults:
 
     @property
     def targets(self) -> list[str | None]:
-        """The names of the targets, baselines left out; `[None]` of a single, unnamed one."""
-        names = dict.fromkeys(target for target, _ in self._passes)
-        # A target of the user's may be called as a baseline that was not asked for.
-        asked = str(self.settings.get("baselines", "" if self.settings else BASELINES))
-        measured = [baseline for baseline in BASELINES if baseline in asked]
-        others = {name_of_baseline(baseline, name) for name in names for baseline in measured}
-        return [name for name in names if name not in others]
+        """The names of the targets; `[None]` of a single, unnamed one."""
+        return list(dict.fromkeys(target for target, *_ in self._passes))
 
     def resolve_target(self, target: str | None) -> str | None:
         """Returns the name of the target that is meant; `None` means the only one.
@@ -225,15 +227,13 @@ class ProbeResults:
         Raises:
             ValueError: There are several and none is named, or it is unknown.
         """
-        known, names = dict.fromkeys(name for name, _ in self._passes), self.targets
+        names = self.targets
         if target is None and len(names) > 1:
             raise ValueError(
                 f"There are several targets. Name one of {', '.join(map(repr, names))} as target=."
             )
-        if target is not None and target not in known:
-            raise ValueError(
-                f"Unknown target. Received: target={target!r}. Measured: {list(known)}."
-            )
+        if target is not None and target not in names:
+            raise ValueError(f"Unknown target. Received: target={target!r}. Measured: {names}.")
         return target if target is not None else next(iter(names), None)
 
     def table(
@@ -329,8 +329,8 @@ class ProbeResults:
             target: Name of the target, where they have names.
 
         Returns:
-            A model from reduced features, float32, shape (batch, n_features), to probabilities,
-            shape (batch, num_classes).
+            A model from reduced features, float32, shape (batch, n_features), to the probe's
+            answers, shape (batch, outputs): of classes, their probabilities.
 
         Raises:
             ValueError: These results hold no such probe.
@@ -338,7 +338,10 @@ class ProbeResults:
         probe = self._probe(tap, target)
         inputs = keras.Input((len(probe.kernel),), name="features")
         dense = keras.layers.Dense(
-            len(probe.bias), activation="softmax", kernel_initializer="zeros", name="probe"
+            len(probe.bias),
+            activation=probe.activation,
+            kernel_initializer="zeros",
+            name="probe",
         )
         model = keras.Model(inputs, dense(inputs), name="linear_probe")
         model.set_weights([probe.kernel, probe.bias])
@@ -352,8 +355,8 @@ class ProbeResults:
             target: Name of the target, where they have names.
 
         Returns:
-            A Keras model from what the host takes to probabilities by tap, each of shape
-            (batch, num_classes).
+            A Keras model from what the host takes to the probes' answers by tap, each of shape
+            (batch, outputs): of classes, their probabilities.
 
         Raises:
             ValueError: These results hold no such probes, or `model` has no such taps.

@@ -19,6 +19,7 @@ COLUMNS = (
     "step",
     "split",
     "target",
+    "baseline",
     "tap",
     "depth",
     "metric",
@@ -34,8 +35,8 @@ COLUMNS = (
     "host",
 )
 BASELINES = ("initial", "shuffled")
-ERRORS = ("error", "top5_error")  # the metrics that are proportions
-NUMBERS = ("value", "certificate", "majority", "chance", "host")  # that may be NaN
+# That may be NaN.
+NUMBERS = ("value", "ci_low", "ci_high", "certificate", "majority", "chance", "host")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,10 @@ class Row:
             `"code_length"` (bits a label).
         value: The measure; NaN where no example could be measured.
         n: Number of examples it was measured on.
+        ci_low: Lower end of its 95% confidence interval; NaN if none is known.
+        ci_high: Its upper end.
+        baseline: What was measured beside the probes themselves: one of `BASELINES`; `None` for
+            these.
         nonfinite: Number of examples left out since a feature was NaN, infinite or above 1e18.
         unlabelled: Number of examples left out since their label is missing or is no class.
         certificate: Upper bound on how far the training objective of the probe that was measured
@@ -124,6 +129,9 @@ class Row:
     metric: str
     value: float
     n: int
+    ci_low: float = math.nan
+    ci_high: float = math.nan
+    baseline: str | None = None
     nonfinite: int = 0
     unlabelled: int = 0
     certificate: float = math.nan
@@ -151,15 +159,17 @@ class Refit:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A softmax-linear classifier on the raw, reduced features h of a tap: softmax(h @ W + b).
+    """A linear probe on the raw, reduced features h of a tap: activation(h @ W + b).
 
     Attributes:
-        kernel: W, float32, shape (n_features, num_classes).
-        bias: b, float32, shape (num_classes,).
+        kernel: W, float32, shape (n_features, outputs).
+        bias: b, float32, shape (outputs,).
+        activation: What makes answers of outputs, as Keras names it.
     """
 
     kernel: np.ndarray
     bias: np.ndarray
+    activation: str = "softmax"
 
 
 def versions(*libraries: str) -> dict[str, str]:
@@ -168,14 +178,15 @@ def versions(*libraries: str) -> dict[str, str]:
     return {name: importlib.import_module(name).__version__ for name in names}
 
 
-def name_of_baseline(baseline: str, target: str | None) -> str:
-    """The name that measures of a baseline, one of `BASELINES`, have in place of a target's."""
-    return baseline if target is None else f"{target}_{baseline}"
+def name_of_baseline(baseline: str | None, target: str | None) -> str | None:
+    """What a target, or a baseline of it, is called in logs and in TensorBoard."""
+    return "_".join(name for name in (target, baseline) if name is not None) or None
 
 
-def name_of_measure(metric: str, target: str | None) -> str:
-    """The name that a metric of a target has in logs and in TensorBoard."""
-    return f"probe_{metric}" if target is None else f"probe_{target}_{metric}"
+def name_of_measure(metric: str, target: str | None, baseline: str | None = None) -> str:
+    """The name that a metric of a target has there."""
+    name = name_of_baseline(baseline, target)
+    return f"probe_{metric}" if name is None else f"probe_{name}_{metric}"
 
 
 def shape_text(shape: Sequence[int | None]) -> str:

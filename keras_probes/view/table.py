@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from keras_probes.results.record import ProbeResults
-from keras_probes.results.schema import BASELINES, ERRORS, SPLITS, Row, TapInfo, name_of_baseline
+from keras_probes.results.schema import BASELINES, SPLITS, Row, TapInfo
 from keras_probes.view.layout import thinned
 
 CONVERGED = 1e-2  # nats; of a probe that trained online
@@ -44,12 +44,11 @@ def table(
             continue
         rows = results.measured(metric, split=split, epoch=epoch, target=name)
         table[f"{split} {metric}"] = rows["value"]
-        if metric in ERRORS:
+        if rows["ci_low"].notna().any():
             table[f"{split} ±95%"] = (rows["ci_high"] - rows["ci_low"]) / 2
         for baseline in BASELINES:
-            other = name_of_baseline(baseline, name)
             at = int(rows["epoch"].max())
-            of_other = results.latest(metric, other, split=split, epoch=at)
+            of_other = results.latest(metric, name, baseline=baseline, split=split, epoch=at)
             if not of_other:
                 continue
             values = _values(of_other)
@@ -142,7 +141,11 @@ def first_metric(results: ProbeResults) -> str:
 def _without_features(results: ProbeResults, target: str | None) -> str:
     """What the measure in the table comes to for who sees no feature, as a sentence."""
     metric = first_metric(results)
-    last = next(r for r in reversed(results.rows) if (r.target, r.metric) == (target, metric))
+    last = next(
+        r
+        for r in reversed(results.rows)
+        if (r.target, r.metric, r.baseline) == (target, metric, None)
+    )
     return (
         f"{last.split} {metric} without features: {last.majority:.4f} by class frequencies, "
         f"{last.chance:.4f} by chance"

@@ -158,7 +158,7 @@ class TensorBoardWriter:
 
 
 def _tag(row: Row, suffix: str = "") -> str:
-    return f"{name_of_measure(row.metric, row.target)}{suffix}/{row.split}"
+    return f"{name_of_measure(row.metric, row.target, row.baseline)}{suffix}/{row.split}"
 
 
 def _by_layer(metric: str, target: str | None) -> str:

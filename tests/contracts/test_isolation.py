@@ -214,13 +214,13 @@ def test_nothing_is_taken_from_random_streams_or_names(digits, plain_surrounding
 
 
 def test_an_unseeded_initializer_is_noticed(digits, plain_surroundings, monkeypatch):
-    make = heads.SoftmaxHeads.__init__
+    make = heads.LinearHeads.__init__
 
     def unseeded(self, *args, **kwargs):
         make(self, *args, **kwargs)
         keras.initializers.GlorotUniform()
 
-    monkeypatch.setattr(heads.SoftmaxHeads, "__init__", unseeded)
+    monkeypatch.setattr(heads.LinearHeads, "__init__", unseeded)
     assert (
         observed_surroundings(digits, lambda: [LinearProbeCallback("dense")])[0]
         != (plain_surroundings[0])

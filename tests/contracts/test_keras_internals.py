@@ -94,7 +94,7 @@ def test_a_stateless_scope_takes_assignments_upon_itself():
 
 class FindLabels(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
-        self.found = list(labels_at_hand(self.model))
+        self.found = list(labels_at_hand(self.model).values())
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -10,6 +10,7 @@ import xarray
 from hosts import dense_net
 
 from keras_probes import FeatureStore, extract_features
+from keras_probes.probes.tasks import Classification
 
 ROWS = 2600  # three chunks, the last one not full
 
@@ -47,7 +48,7 @@ def test_features_and_labels_are_those_of_the_host(made):
     np.testing.assert_array_equal(np.asarray(store.features("dense")), hidden)
     np.testing.assert_array_equal(store.labels(), y)
     assert store.sample_weight() is None
-    assert store.targets == {None: 10}
+    assert store.targets == {None: Classification(10)}
     assert store.host["class"] == "Sequential"
     assert set(store.versions) == {"keras_probes", "keras", "tensorflow", "numpy", "zarr"}
     assert "2,600 rows" in repr(store)

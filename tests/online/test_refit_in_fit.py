@@ -239,7 +239,7 @@ def test_every_third_batch(digits, mode, at_once, seen):
     assert probes._online.probes.steps == 2 * len(seen)
     known = np.concatenate([y[32 * step : 32 * step + 32] for step in seen])
     np.testing.assert_array_equal(
-        probes._online.probes.label_counts("train", None), np.bincount(known, minlength=10)
+        probes._online.probes.tally("train", None), np.bincount(known, minlength=10)
     )
     assert len(history["probe_error/pool"]) == len(history["val_probe_error/pool"]) == 2
     assert frame.query("split == 'validation'")["certificate"].notna().all()
@@ -525,15 +525,16 @@ def test_a_control_tells_what_is_known_by_heart(digits, tmp_path):
     assert history["probe_shuffled_error/input"][-1] < 0.8  # 64 features of 320 examples
     assert history["probe_shuffled_error/pool"][-1] > 0.75  # 6 features
     assert str(probes.results).count("by class frequencies") == 1  # no table of its own
-    assert probes.results.table(target="shuffled").loc["pool", "train error"] > 0.75
+    of_random = probes.results.measured(split="train", baseline="shuffled")
+    assert of_random["value"]["pool"] > 0.75
 
     probes.save(tmp_path / "probes")
     loaded = LinearProbeCallback.load(tmp_path / "probes")
     model.evaluate(*validation, callbacks=[loaded], verbose=0)
-    assert {row.target for row in loaded.results.rows} == {None, "shuffled"}
-    for name in (None, "shuffled"):
-        weights = zip(loaded.weights("pool", name), probes.weights("pool", name), strict=True)
-        assert all(np.array_equal(got, expected) for got, expected in weights)
+    assert {row.baseline for row in loaded.results.rows} == {None, "shuffled"}
+    for baseline in (None, "shuffled"):
+        got, expected = (each.weights("pool", baseline=baseline) for each in (loaded, probes))
+        assert all(map(np.array_equal, got, expected))
 
 
 def test_controls_of_named_targets(digits):
@@ -545,7 +546,9 @@ def test_controls_of_named_targets(digits):
     logs = host().fit(x, y, callbacks=[probes], verbose=0).history
     names = ("digit", "digit_shuffled", "odd", "odd_shuffled")
     assert {key for key in logs if "error" in key} == {f"probe_{n}_error/pool" for n in names}
-    assert probes.results.frame().query("target == 'odd_shuffled'")["chance"].iloc[0] == 0.5
+    of_random = probes.results.measured(target="odd", baseline="shuffled")
+    assert of_random["chance"]["pool"] == 0.5
+    assert probes.results.targets == ["digit", "odd"]
     refit = probes.refit((x, y), test=None, l2=1.0, tol=1e-2, verbose=False)
     assert {name for name, _ in refit.probes} == {"digit", "odd"}
 
@@ -574,7 +577,7 @@ def test_what_the_first_weights_give_away(digits, tmp_path, mode):
         kernel, bias = weights
         return np.mean((features @ kernel + bias).argmax(1) != y_val)
 
-    weights = probes.weights("dense", "initial")
+    weights = probes.weights("dense", baseline="initial")
     assert history["val_probe_initial_error/dense"][-1] == pytest.approx(error(at_first, weights))
     assert error(model, weights) > error(at_first, weights)
     table = probes.results.table()

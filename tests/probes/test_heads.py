@@ -8,9 +8,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
 from keras_probes.probes import heads
-from keras_probes.probes.heads import SoftmaxHeads, Standardize, residual_of
+from keras_probes.probes.heads import LinearHeads, Standardize
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, parameters_of
+from keras_probes.probes.tasks import Classification
 
 RNG = np.random.default_rng(1)
 
@@ -23,7 +24,7 @@ def _fresh_rng():
 
 
 def probe_set(n_features, num_classes=3, optimizer=None):
-    return ProbeSet(n_features, {None: num_classes}, own_optimizer(optimizer))
+    return ProbeSet(n_features, {None: Classification(num_classes)}, own_optimizer(optimizer))
 
 
 def show(method, features, labels, weights=None):
@@ -44,7 +45,7 @@ def blobs(n=600, n_features=5, num_classes=3, scale=1.0):
 
 
 def test_gradients_by_finite_differences():
-    layer = SoftmaxHeads(n_taps=2, n_features=4, num_classes=3)
+    layer = LinearHeads(n_taps=2, n_features=4, n_outputs=3, activation="softmax")
     layer.kernel.assign(RNG.normal(size=layer.kernel.shape))
     layer.bias.assign(RNG.normal(size=layer.bias.shape))
     z = RNG.normal(size=(2, 6, 4)).astype("float32")
@@ -58,8 +59,9 @@ def test_gradients_by_finite_differences():
         per_example = -log_p[:, np.arange(5), labels[:5]] * weight[:, :5]
         return per_example.sum() / 6 + 0.3 / 2 * np.sum(variables[0] ** 2)
 
-    logits = layer.logits(tf.constant(z))
-    residual = residual_of(logits, tf.constant(labels, "int32"), tf.constant(weight))
+    residual = Classification(3).residual(layer.outputs(tf.constant(z)), tf.constant(labels))
+    weight[:, 5] = 0
+    residual *= weight[..., None] / 6
     got = layer.gradients(tf.constant(z), residual, 0.3)
     at = [np.asarray(variable, "float64") for variable, _ in layer.averaged]
     for which, gradient in enumerate(got):
@@ -316,7 +318,8 @@ def test_examples_without_a_label_are_left_out():
 
 def test_several_targets_share_the_features():
     x, labels = blobs(64)
-    probes = ProbeSet({"a": 5}, {"all": 3, "is_zero": 2}, own_optimizer(None))
+    tasks = {"all": Classification(3), "is_zero": Classification(2)}
+    probes = ProbeSet({"a": 5}, tasks, own_optimizer(None))
     both = {"all": tf.constant(labels, "int32"), "is_zero": tf.constant(labels == 0, "int32")}
     weights = {name: tf.ones(64) for name in both}
     for _ in range(5):

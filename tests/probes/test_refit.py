@@ -8,11 +8,12 @@ from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
 from keras_probes.probes import refit as refit_module
-from keras_probes.probes import solver
+from keras_probes.probes import problem
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.path import PENALTIES, walk
 from keras_probes.probes.probe_set import ProbeSet
 from keras_probes.probes.refit import GAIN, HELD_OUT, OTHERS, SEARCH_EVERY, TOL, refit
+from keras_probes.probes.tasks import Classification
 
 
 def examples(n=400, d=5, classes=3, seed=0):
@@ -28,7 +29,8 @@ def refitted(z, labels, start, weights=None, l2=0.0, kept=1.0, passes=400, epoch
     weights = np.ones(len(labels), "float32") if weights is None else weights
     return refit(
         tf.constant(z[None]), tf.constant(labels, tf.int32), tf.constant(weights[None]),
-        start[None], np.array([l2]), kept=kept, passes=passes, epoch=epoch, seed=1,
+        Classification(start.shape[1]), start[None], np.array([l2]), kept=kept, passes=passes,
+        epoch=epoch, seed=1,
     )  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def test_more_features_than_examples_are_the_same_problem_in_fewer(known, monkey
         start = refitted(*examples(400, d=90, seed=7), start, l2=1e-2, epoch=1).weights[0]
     found = refitted(z, labels, start, l2=1e-2, kept=0.5, epoch=1)
     monkeypatch.setattr(refit_module, "_within_span", lambda z, w: (z, w, unturned))
-    monkeypatch.setattr(solver, "EXACT", 90)
+    monkeypatch.setattr(problem, "EXACT", 90)
     expected = refitted(z, labels, start, l2=1e-2, kept=0.5, epoch=1)
     assert found.before[0] == pytest.approx(expected.before[0], abs=2 * TOL)
     away = [cross_entropy(z, labels, *split(w.weights[0])) for w in (found, expected)]
@@ -228,7 +230,8 @@ def test_a_walk_has_patience():
 
 def probe_set(widths, targets=(None,)):
     classes = targets if isinstance(targets, dict) else dict.fromkeys(targets, 3)
-    return ProbeSet(widths, classes, own_optimizer(None))
+    tasks = {target: Classification(count) for target, count in classes.items()}
+    return ProbeSet(widths, tasks, own_optimizer(None))
 
 
 def give(probes, method, features, labels, n, **options):

@@ -8,7 +8,9 @@ from sklearn.linear_model import LogisticRegression
 
 from keras_probes.probes import solver
 from keras_probes.probes.path import PENALTIES
-from keras_probes.probes.solver import Problem, fit_softmax
+from keras_probes.probes.problem import Problem
+from keras_probes.probes.solver import minimise
+from keras_probes.probes.tasks import Classification
 
 CLASSES = 4
 
@@ -45,7 +47,7 @@ class Rows:
 
 
 def problem(z, labels, weights, size=128):
-    return Problem(Rows(z, labels, weights, size), (1, z.shape[1], CLASSES))
+    return Problem(Rows(z, labels, weights, size), z.shape[1], Classification(CLASSES))
 
 
 def prior(labels, weights):
@@ -129,10 +131,10 @@ def test_gradient_and_curvature_by_finite_differences():
 
 def test_objective_is_the_one_written_down():
     (z, labels, weights), others = halves()
-    near = fit_softmax(problem(*others), 1e-2).weights
+    near = minimise(problem(*others), 1e-2).weights
     for trust in (0.0, 0.3):
         given = problem(z, labels, weights)
-        fit = fit_softmax(given, 1e-2, near=near, trust=trust)
+        fit = minimise(given, 1e-2, near=near, trust=trust)
         expected = objective(z, labels, weights, fit.weights[0], 1e-2, near[0], trust)
         assert fit.objective[0] == pytest.approx(expected, rel=1e-6)
         of_near = objective(z, labels, weights, near[0], 1e-2)
@@ -146,8 +148,8 @@ def test_a_weak_penalty_is_proven_at_the_end_of_a_path_too():
     z = (mixed * np.logspace(0, -4, 12) + mixed[:, :1]).astype("float32")
     given, start = problem(z, labels, weights), None
     for l2 in PENALTIES:
-        start = fit_softmax(given, l2, start=start, tol=1e-3, certify=False).weights
-    fit = fit_softmax(given, PENALTIES[-1], start=start, max_passes=3000)
+        start = minimise(given, l2, start=start, tol=1e-3, certify=False).weights
+    fit = minimise(given, PENALTIES[-1], start=start, max_passes=3000)
     assert fit.certificate[0] <= 1e-6
     assert fit.converged[0]
 
@@ -160,7 +162,7 @@ def test_same_probe_as_scikit_learn(l2):
     least = np.bincount(labels).min()
     balanced = np.concatenate([order[labels[order] == k][:least] for k in range(CLASSES)])
     z, labels, weights = z[balanced], labels[balanced], weights[balanced]
-    fit = fit_softmax(problem(z, labels, weights), l2, tol=1e-10)
+    fit = minimise(problem(z, labels, weights), l2, tol=1e-10)
     theirs = LogisticRegression(
         C=1 / (len(z) * l2), tol=1e-10, max_iter=10_000, fit_intercept=False
     )
@@ -192,7 +194,7 @@ CASES = {name: case for name, *case in hard_cases()}
 @pytest.mark.parametrize("name", CASES)
 def test_certificate_is_never_below_the_true_gap(name, l2):
     z, labels, weights = CASES[name]
-    fit = fit_softmax(problem(z, labels, weights), l2)
+    fit = minimise(problem(z, labels, weights), l2)
     gap = objective(z, labels, weights, fit.weights[0], l2) - newton(z, labels, weights, l2)
     assert fit.converged.all()
     assert gap - 1e-14 <= fit.certificate[0] <= 1e-6
@@ -202,8 +204,8 @@ def test_certificate_is_never_below_the_true_gap(name, l2):
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
 def test_an_earlier_probe_stands_in_for_other_examples(l2, trust):
     (z, labels, weights), others = halves()
-    near = fit_softmax(problem(*others), l2).weights
-    fit = fit_softmax(problem(z, labels, weights), l2, near=near, trust=trust)
+    near = minimise(problem(*others), l2).weights
+    fit = minimise(problem(z, labels, weights), l2, near=near, trust=trust)
     gap = objective(z, labels, weights, fit.weights[0], l2, near[0], trust)
     gap -= newton(z, labels, weights, l2, near[0], trust)
     assert fit.converged.all()
@@ -214,18 +216,18 @@ def test_an_earlier_probe_stands_in_for_other_examples(l2, trust):
 def test_an_earlier_probe_of_other_features_stands_for_nothing():
     z, labels, weights = rows()
     near = np.random.default_rng(3).normal(size=(1, z.shape[1] + 1, CLASSES))
-    fit = fit_softmax(problem(z, labels, weights), 1e-2, near=near, trust=3.0)
+    fit = minimise(problem(z, labels, weights), 1e-2, near=near, trust=3.0)
     gap = objective(z, labels, weights, fit.weights[0], 1e-2) - newton(z, labels, weights, 1e-2)
     assert -1e-13 < gap <= fit.certificate[0] <= 1e-6
 
 
 def test_how_much_an_earlier_probe_counts_is_of_each_probe_its_own():
     (z, labels, weights), others = halves()
-    near = np.repeat(fit_softmax(problem(*others), 1e-2).weights, 2, axis=0)
+    near = np.repeat(minimise(problem(*others), 1e-2).weights, 2, axis=0)
     block = np.stack([z, z]), labels.astype("int32"), np.stack([weights, weights])
-    both = Problem([tuple(map(tf.constant, block))], (2, z.shape[1], CLASSES))
-    fit = fit_softmax(both, 1e-2, near=near, trust=np.array([0.0, 2.0]), tol=1e-9)
-    alone = fit_softmax(problem(z, labels, weights), 1e-2, tol=1e-9)
+    both = Problem([tuple(map(tf.constant, block))], z.shape[1], Classification(CLASSES))
+    fit = minimise(both, 1e-2, near=near, trust=np.array([0.0, 2.0]), tol=1e-9)
+    alone = minimise(problem(z, labels, weights), 1e-2, tol=1e-9)
     np.testing.assert_allclose(fit.weights[0], alone.weights[0], atol=1e-4)
     assert np.linalg.norm(fit.weights[1] - near[1]) < np.linalg.norm(fit.weights[0] - near[1]) / 2
 
@@ -234,7 +236,7 @@ def test_stopped_early_it_says_so_and_the_certificate_holds():
     z, labels, weights = CASES["plain"]
     optimum = newton(z, labels, weights, 1e-4)
     for passes in (1, 2, 4, 8):
-        fit = fit_softmax(problem(z, labels, weights), 1e-4, max_passes=passes)
+        fit = minimise(problem(z, labels, weights), 1e-4, max_passes=passes)
         gap = objective(z, labels, weights, fit.weights[0], 1e-4) - optimum
         assert not fit.converged.any()
         assert fit.steps[0] < passes
@@ -248,18 +250,18 @@ def test_examples_told_apart_are_certified_by_the_objective():
     labels = rng.integers(0, CLASSES, 60)
     z = rng.normal(size=(60, 200)).astype("float32")
     told_apart = problem(z, labels, np.ones(60, "float32"))
-    fit = fit_softmax(told_apart, 1e-7, tol=1e-3)
+    fit = minimise(told_apart, 1e-7, tol=1e-3)
     assert fit.converged.all()
     assert fit.certificate[0] <= (1 + 2e-7) * fit.objective[0] <= 1e-3
     assert told_apart.passes <= 2 * fit.steps[0] + 5
-    early = fit_softmax(told_apart, 1e-7, tol=1e-9, max_passes=4)
+    early = minimise(told_apart, 1e-7, tol=1e-9, max_passes=4)
     assert not early.converged.any()
     assert early.certificate[0] <= (1 + 2e-7) * early.objective[0]
 
 
 def test_a_tolerance_beyond_rounding_is_not_claimed():
     z, labels, weights = CASES["plain"]
-    fit = fit_softmax(problem(z, labels, weights), 1e-2, tol=1e-17)
+    fit = minimise(problem(z, labels, weights), 1e-2, tol=1e-17)
     assert not fit.converged.any()
     assert fit.certificate[0] < 1e-9
 
@@ -267,27 +269,27 @@ def test_a_tolerance_beyond_rounding_is_not_claimed():
 def test_a_weight_is_a_number_of_copies():
     z, labels, weights = CASES["plain"]
     copies = np.random.default_rng(0).integers(1, 4, len(z))
-    weighted = fit_softmax(problem(z, labels, copies.astype("float32")), 1e-2, tol=1e-12)
+    weighted = minimise(problem(z, labels, copies.astype("float32")), 1e-2, tol=1e-12)
     where = np.repeat(np.arange(len(z)), copies)
-    copied = fit_softmax(problem(z[where], labels[where], weights[where * 0]), 1e-2, tol=1e-12)
+    copied = minimise(problem(z[where], labels[where], weights[where * 0]), 1e-2, tol=1e-12)
     np.testing.assert_allclose(weighted.weights, copied.weights, atol=1e-4)
 
 
 def test_rotated_features_and_renamed_classes_give_the_same_probe():
     z, labels, weights = CASES["plain"]
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(z.shape[1],) * 2))[0]
-    plain = fit_softmax(problem(z, labels, weights), 1e-2, tol=1e-10)
+    plain = minimise(problem(z, labels, weights), 1e-2, tol=1e-10)
     turned = problem((z @ turn).astype("float32"), (labels + 1) % CLASSES, weights)
-    fit = fit_softmax(turned, 1e-2, tol=1e-10)
+    fit = minimise(turned, 1e-2, tol=1e-10)
     got, expected = fit.weights[0, :-1], plain.weights[0, :-1]
     np.testing.assert_allclose(turn @ np.roll(got, -1, axis=1), expected, atol=1e-3)
 
 
 def test_more_features_than_the_sketch_has_directions(monkeypatch):
     z, labels, weights = CASES["plain"]
-    exact = fit_softmax(problem(z, labels, weights), 1e-2)
-    monkeypatch.setattr(solver, "RANK", 3)
-    sketched = fit_softmax(problem(z, labels, weights), 1e-2)
+    exact = minimise(problem(z, labels, weights), 1e-2)
+    monkeypatch.setattr("keras_probes.probes.problem.RANK", 3)
+    sketched = minimise(problem(z, labels, weights), 1e-2)
     assert sketched.objective[0] == pytest.approx(exact.objective[0], abs=1e-6)
     assert sketched.converged.all()
 
@@ -304,8 +306,8 @@ def test_the_sketch_is_exact_where_it_has_all_directions():
 def test_a_warm_start_takes_fewer_steps():
     z, labels, weights = CASES["plain"]
     given = problem(z, labels, weights)
-    near = fit_softmax(given, 2e-3, certify=False)
-    warm, cold = fit_softmax(given, 1e-3, start=near.weights), fit_softmax(given, 1e-3)
+    near = minimise(given, 2e-3, certify=False)
+    warm, cold = minimise(given, 1e-3, start=near.weights), minimise(given, 1e-3)
     assert warm.steps[0] < cold.steps[0]
     assert warm.objective[0] == pytest.approx(cold.objective[0], abs=1e-6)
 
@@ -314,10 +316,10 @@ def test_side_by_side_as_each_by_itself():
     z, labels, weights = CASES["plain"]
     several = np.stack([weights, (np.arange(len(z)) % 3 > 0).astype("float32"), 2 * weights])
     l2 = np.array([1e-1, 1e-3, 1e-2])
-    together = Problem(Rows(z, labels, several), (3, z.shape[1], CLASSES))
-    fit = fit_softmax(together, l2, tol=1e-9)
+    together = Problem(Rows(z, labels, several), z.shape[1], Classification(CLASSES))
+    fit = minimise(together, l2, tol=1e-9)
     for place, (of_one, penalty) in enumerate(zip(several, l2, strict=True)):
-        alone = fit_softmax(problem(z, labels, of_one), penalty, tol=1e-9)
+        alone = minimise(problem(z, labels, of_one), penalty, tol=1e-9)
         np.testing.assert_allclose(fit.weights[place], alone.weights[0], atol=1e-2)
         assert fit.objective[place] == pytest.approx(alone.objective[0], abs=2e-9)
         assert fit.certificate[place] <= 1e-9
@@ -325,7 +327,9 @@ def test_side_by_side_as_each_by_itself():
 
 def test_only_those_that_are_to_move_do():
     z, labels, weights = CASES["plain"]
-    together = Problem(Rows(z, labels, np.stack([weights, weights])), (2, z.shape[1], CLASSES))
-    fit = fit_softmax(together, 1e-2, only=np.array([False, True]))
+    together = Problem(
+        Rows(z, labels, np.stack([weights, weights])), z.shape[1], Classification(CLASSES)
+    )
+    fit = minimise(together, 1e-2, only=np.array([False, True]))
     np.testing.assert_array_equal(fit.weights[0], together.guess()[0])
     assert fit.certificate[1] <= 1e-6 < fit.certificate[0]

@@ -1,4 +1,4 @@
-"""What guesses come to, against scikit-learn's."""
+"""One class for each example, against scikit-learn, finite differences and NumPy."""
 
 import math
 
@@ -7,7 +7,10 @@ import pytest
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
-from keras_probes.probes.measures import CODE_LENGTH, METRICS, guesses, measure
+from keras_probes.probes.tasks import Classification
+from keras_probes.probes.tasks.task import CODE_LENGTH
+
+TASK = Classification(8)
 
 
 def counts(labels, classes=8):
@@ -30,22 +33,22 @@ def test_guesses_are_those_of_scikit_learns_dummy():
         CODE_LENGTH: (loss / np.log(2), 3.0),
     }
     for metric, values in expected.items():
-        assert guesses(metric, counts(train), counts(measured)) == pytest.approx(values)
+        assert TASK.guesses(metric, counts(train), counts(measured)) == pytest.approx(values)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", TASK.metrics)
 def test_where_nothing_is_known(metric):
     some, none = counts([0, 1, 1]), counts([])
     for known, measured in ((none, some), (some, none)):
-        assert all(math.isnan(guess) for guess in guesses(metric, known, measured))
+        assert all(math.isnan(guess) for guess in TASK.guesses(metric, known, measured))
 
 
 def test_a_class_that_training_never_showed():
-    assert guesses("error", counts([0, 0, 1]), counts([2, 0]))[0] == 0.5
-    assert guesses("loss", counts([0, 0, 1]), counts([2, 0]))[0] == math.inf
-    assert guesses("loss", counts([0, 1]), counts([0]))[0] == pytest.approx(math.log(2))
+    assert TASK.guesses("error", counts([0, 0, 1]), counts([2, 0]))[0] == 0.5
+    assert TASK.guesses("loss", counts([0, 0, 1]), counts([2, 0]))[0] == math.inf
+    assert TASK.guesses("loss", counts([0, 1]), counts([0]))[0] == pytest.approx(math.log(2))
 
 
 def test_the_code_length_is_the_loss_in_bits():
     sums = {"weight": 4.0, "weighted_loss": 4 * math.log(8)}
-    assert measure(CODE_LENGTH, sums) == pytest.approx(3)
+    assert TASK.measure(CODE_LENGTH, sums) == pytest.approx(3)
