@@ -7,8 +7,8 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
-from keras_probes.probes import refit as refit_module
 from keras_probes.probes import problem
+from keras_probes.probes import refit as refit_module
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.path import PENALTIES, walk
 from keras_probes.probes.probe_set import ProbeSet

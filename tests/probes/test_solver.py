@@ -6,7 +6,6 @@ import tensorflow as tf
 from scipy.special import logsumexp, softmax
 from sklearn.linear_model import LogisticRegression
 
-from keras_probes.probes import solver
 from keras_probes.probes.path import PENALTIES
 from keras_probes.probes.problem import Problem
 from keras_probes.probes.solver import minimise
