@@ -10,8 +10,10 @@ VERSION = re.search(
     r'__version__ = "(.+)"', (ROOT / "keras_probes" / "__init__.py").read_text(encoding="utf-8")
 )[1]
 
-OFFLINE = ["tqdm>=4.66,<5", "zarr>=3.1.6,<3.2"]
+SCIPY = "scipy>=1.13,<2"  # the tests that compare layers
+OFFLINE = [SCIPY, "tqdm>=4.66,<5", "zarr>=3.1.6,<3.2"]
 VIEW = [
+    SCIPY,
     "jinja2>=3.1,<4",
     "matplotlib>=3.9,<3.12",
     "plotly>=6,<8",
@@ -29,6 +31,7 @@ TEST = [
     "pytest-xdist>=3.6,<4",
     "scikit-learn>=1.6,<2",
     "selenium>=4.25,<5",
+    "statsmodels>=0.14.4,<0.15",
     "xarray>=2025.1",
 ]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]

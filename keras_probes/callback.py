@@ -35,6 +35,7 @@ from keras_probes.probes.tasks import METRICS, TASKS
 from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import (
     BASELINES,
+    Pairs,
     Row,
     name_of_baseline,
     name_of_measure,
@@ -642,6 +643,11 @@ class LinearProbeCallback(keras.callbacks.Callback):
         split = "train" if kind == "train" else self._test_split
         rows = list(rows_of(measured, self._epoch, split, self.metrics, of_host))
         self.results.add(rows)
+        taps = tuple(tap.name for tap in self.results.taps)
+        for key, moments in measured.pairs.items():
+            of = measured.targets[key]
+            pairs = Pairs(self._epoch, taps, moments)
+            self.results.pairs[of.name, of.baseline, split] = pairs
         if measured.refit is not None:
             self.results.refits.append(measured.refit)
         # Before Keras backs up the host: where its backup is there, ours is.

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -17,12 +18,13 @@ import tensorflow as tf
 
 from keras_probes.offline.store import FeatureStore, StoredArray
 from keras_probes.probes.path import PENALTIES, choose_penalty
+from keras_probes.probes.probe_set import MOST_PAIRED, pair_moments
 from keras_probes.probes.problem import Block, Problem
 from keras_probes.probes.solver import Fit, minimise
 from keras_probes.probes.spread import LARGEST, inverse_spread
 from keras_probes.probes.tasks.task import Task
 from keras_probes.results.record import ProbeResults
-from keras_probes.results.schema import Node, Probe, Row, versions
+from keras_probes.results.schema import Node, Pairs, Probe, Row, versions
 
 PATH_TOL = 1e-3  # nats; enough to compare validation losses
 READ_ROWS = 8192  # about so many rows are in the works at a time
@@ -107,6 +109,7 @@ def fit_probes(
         versions={**store.versions, **versions()},
         left_out=store.manifest.get("left_out"),
     )
+    errors: dict[tuple[str | None, Split], list[np.ndarray]] = defaultdict(list)
     with tqdm(chosen, desc="fitting probes", unit=" taps", disable=not verbose) as progress:
         for tap in progress:
             features = _Features(tap, splits, memory)
@@ -114,8 +117,17 @@ def fit_probes(
                 probe = _TapFit(features, target, task, penalties, tol, max_iterations)
                 results.add(probe.rows())
                 results.probes[target, tap] = probe.probe()
+                for split, of_split in probe.errors.items():
+                    if split != "train" or len(splits) == 1:
+                        errors[target, split].append(of_split)
                 if verbose:
                     progress.write(probe.summary())
+    for (target, split), of_taps in errors.items():
+        if len(of_taps) <= MOST_PAIRED:
+            of_each = np.stack(of_taps)
+            counts = np.isfinite(of_each).astype("float32")
+            moments = pair_moments(tf.constant(np.nan_to_num(of_each)), tf.constant(counts))
+            results.pairs[target, None, split] = Pairs(0, tuple(chosen), moments.numpy())
     return results
 
 
@@ -341,6 +353,10 @@ class _TapFit:
             split: self._tally(labels, np.ones(len(labels), "float32"))
             for split, labels in self._labels.items()
         }
+        # Of each example, NaN where it does not count, as last measured.
+        self.errors: dict[Split, np.ndarray] = {
+            split: np.full(len(labels), np.nan, "float32") for split, labels in raw.items()
+        }
         weights = self._weights["train"] * features.finite["train"]
         weights = weights * self._labelled("train")
         self._check_labels(self._tally(self._labels["train"], weights))
@@ -375,15 +391,20 @@ class _TapFit:
         return np.array([self._task.measure("loss", self._measured("validation", weights[0]))])
 
     def _measured(self, split: Split, weights: np.ndarray) -> dict[str, float]:
-        """The sums of W over b on a split."""
+        """The sums of W over b on a split; keeps the error of each of its examples."""
         kernel, bias = tf.constant(weights[:-1], tf.float32), tf.constant(weights[-1], tf.float32)
         totals = np.zeros(self._task.size)
+        errors = self.errors[split]
+        labelled = self._labelled(split)
         for z, here in self._features.blocks(split):
             outputs = (tf.matmul(z, kernel) + bias)[None]
             labels = tf.constant(self._labels[split][here])
             of_rows = tf.constant(self._weights[split][here])
             finite = tf.constant(self._features.finite[split][here])[None]
-            totals += self._task.batch_sums(outputs, labels, of_rows, finite).numpy()[0]
+            sums, of_each = self._task.batch_sums(outputs, labels, of_rows, finite)
+            totals += sums.numpy()[0]
+            counts = labelled[here] * finite.numpy()[0] > 0
+            errors[here] = np.where(counts, of_each.numpy()[0], np.nan)
         return self._task.named(totals)
 
     def probe(self) -> Probe:

@@ -27,6 +27,7 @@ class Measured:
         targets: By key, whose tasks measure in the labels' own units.
         known: By target, the tally of the labels they trained on.
         counts: By target, that of this pass.
+        pairs: By key, how errors went together, in an evaluation.
         refit: What became of the refit at its end; `None` if there was none.
     """
 
@@ -37,6 +38,7 @@ class Measured:
     targets: Mapping[str | None, Target]
     known: Mapping[str | None, np.ndarray]
     counts: Mapping[str | None, np.ndarray]
+    pairs: Mapping[str | None, np.ndarray]
     refit: Refit | None = None
 
 

@@ -507,6 +507,7 @@ class OnlineProbes:
             targets=self.targets_in_units(),
             known={t: each.tally("train", t) for t, each in by_target.items()},
             counts={t: each.tally(kind, t) for t, each in by_target.items()},
+            pairs={t: m for each in probes if kind == "test" for t, m in each.pairs().items()},
             refit=refit,
         )
 

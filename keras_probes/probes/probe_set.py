@@ -25,6 +25,7 @@ from keras_probes.probes.tasks.task import Task
 # Numbers that the features of taps refitted side by side may have in all: beyond, a pass is worth
 # its calls, and probes that are done would be carried along.
 STACK_SIZE = 2**22
+MOST_PAIRED = 512  # taps; what is kept of pairs grows with their square
 STACK_PARAMETERS = 2**20  # likewise: what the solver keeps of them is to stay in the cache
 
 Features = Mapping[str, tf.Tensor]  # by tap
@@ -104,6 +105,16 @@ class ProbeSet:
             )
             for kind in ("train", "test")
             for place, (target, task) in enumerate(tasks.items())
+        }
+        # How the errors of the taps go together, in an evaluation.
+        self._pairs = {
+            target: keras.Variable(
+                np.zeros((3 * len(self.taps), 2 * len(self.taps))),
+                dtype="float64",
+                name="pairs",
+                **SAME,
+            )
+            for target in (tasks if len(self.taps) <= MOST_PAIRED else ())
         }
         self.optimizer.build(self._trainable())
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -329,12 +340,15 @@ class ProbeSet:
         for target, task in self.tasks.items():
             pairs = zip(self._groups, z, strict=True)
             outputs = [group.heads[target].mean_outputs(of_group) for group, of_group in pairs]
-            rows = task.batch_sums(
+            rows, errors = task.batch_sums(
                 tf.concat(outputs, axis=0), labels[target], weights[target], finite
             )
             of_batch[target] = sum_over_replicas(rows)
             self._sums[kind, target].assign_add(of_batch[target])
             labelled = tf.cast(task.state(labels[target]) == 0, tf.float32)
+            if kind == "test" and target in self._pairs:
+                pairs = pair_moments(errors, finite * labelled)
+                self._pairs[target].assign_add(sum_over_replicas(pairs))
             tally = task.tally(labels[target], labelled[None])
             self._tallies[kind, target].assign_add(sum_over_replicas(tally[0]))
         return of_batch
@@ -373,10 +387,25 @@ class ProbeSet:
         for target in self.targets:
             for variable in (self._sums[kind, target], self._tallies[kind, target]):
                 variable.assign(np.zeros(variable.shape))
+            if kind == "test" and target in self._pairs:
+                self._pairs[target].assign(np.zeros(self._pairs[target].shape))
 
     def tally(self, kind: Literal["train", "test"], target: str | None) -> np.ndarray:
         """How often each label came since the last reset, as the task has it, shape (m,)."""
         return self._tallies[kind, target].value.numpy()
+
+    def pairs(self) -> dict[str | None, np.ndarray]:
+        """By target, how the errors of the taps went together in the last evaluation.
+
+        Of very many taps, nothing is kept.
+
+        Returns:
+            What `pair_moments` adds up to, float64, shape (3 T, 2 T), in graph order.
+        """
+        by_group = [tap for group in self._groups for tap in group.taps]
+        order = np.array([by_group.index(tap) for tap in self.taps])
+        rows, columns = ((order + len(order) * np.arange(k)[:, None]).ravel() for k in (3, 2))
+        return {t: v.value.numpy()[np.ix_(rows, columns)] for t, v in self._pairs.items()}
 
     def sums(self, kind: Literal["train", "test"]) -> Sums:
         """Returns `sums[target][tap][name]` since the last reset, for the names of the task."""
@@ -465,6 +494,22 @@ class ProbeSet:
 
     def _trainable(self) -> list[keras.Variable]:
         return [variable for heads in self._heads() for variable, _ in heads.averaged]
+
+
+def pair_moments(errors: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
+    """What tells how much the errors of any two taps differ, over the examples that both have.
+
+    Args:
+        errors: Of each example, float32, shape (T, n).
+        counts: 1 for those that count, else 0, likewise.
+
+    Returns:
+        Sums over examples of (1, e, e²) of each tap with (1, e) of each, float64, (3 T, 2 T).
+    """
+    of_counted = errors * counts
+    rows = tf.concat([counts, of_counted, errors * of_counted], axis=0)
+    columns = tf.concat([counts, of_counted], axis=0)
+    return tf.matmul(tf.cast(rows, tf.float64), tf.cast(columns, tf.float64), transpose_b=True)
 
 
 def _group(taps: list[str], n_features: int, tasks: Mapping[str | None, Task]) -> _Group:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from keras_probes.results.schema import (
     BASELINES,
     NUMBERS,
     Node,
+    Pairs,
     Probe,
     Refit,
     Row,
@@ -48,6 +50,10 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
         npz = io.BytesIO()
         np.savez(npz, **arrays)
         contents["probes"] = (npz.getvalue(), "npz")
+    if results.pairs:
+        npz = io.BytesIO()
+        np.savez_compressed(npz, *(pairs.moments for pairs in results.pairs.values()))
+        contents["pairs"] = (npz.getvalue(), "npz")
     files = {}
     for name, (content, ending) in contents.items():
         digest = hashlib.sha256(content).hexdigest()
@@ -68,11 +74,16 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
         "versions": results.versions,
         "refits": [dataclasses.asdict(refit) for refit in results.refits],
         "left_out": results.left_out,
+        "pairs": [
+            {"key": key, "epoch": pairs.epoch, "taps": pairs.taps}
+            for key, pairs in results.pairs.items()
+        ],
     }
     with replacing(directory / _MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode())
     kept = {file["name"] for file in files.values()}
-    for stale in (*directory.glob("measures-*.csv"), *directory.glob("probes-*.npz")):
+    stale_ones = (directory.glob(f"{name}-*") for name in ("measures", "probes", "pairs"))
+    for stale in itertools.chain(*stale_ones):
         if stale.name not in kept:
             stale.unlink()
 
@@ -112,6 +123,7 @@ def load(directory: str | os.PathLike) -> ProbeResults:
             versions=manifest["versions"],
             refits=[Refit(**refit) for refit in manifest.get("refits", ())],
             left_out=manifest.get("left_out"),
+            pairs=_pairs(manifest, contents),
         )
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -131,6 +143,18 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _pairs(
+    manifest: dict[str, Any], contents: dict[str, bytes]
+) -> dict[tuple[str | None, str | None, str], Pairs]:
+    if "pairs" not in contents:
+        return {}
+    arrays = np.load(io.BytesIO(contents["pairs"]), allow_pickle=False)
+    return {
+        tuple(of["key"]): Pairs(of["epoch"], tuple(of["taps"]), arrays[f"arr_{place}"])
+        for place, of in enumerate(manifest["pairs"])
+    }
 
 
 def _rows(csv: bytes, settings: dict[str, Any]) -> list[Row]:

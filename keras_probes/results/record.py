@@ -16,6 +16,7 @@ from keras_probes.results.schema import (
     NUMBERS,
     SPLITS,
     Node,
+    Pairs,
     Probe,
     Refit,
     Row,
@@ -23,6 +24,7 @@ from keras_probes.results.schema import (
 )
 
 if TYPE_CHECKING:
+    from keras_probes.results.compare import Comparison
     from keras_probes.view.diagnose import Findings
 
 _Kind = tuple[str | None, str, str | None]  # target, metric, baseline
@@ -40,6 +42,7 @@ class ProbeResults:
         settings: What was asked for, by name, as text, numbers and truth values.
         versions: Of the libraries that measured it.
         refits: How probes that train online were refitted, epoch by epoch.
+        pairs: By target, baseline and split: how errors went together in the last evaluation.
         left_out: By name, why what `layers=` picks otherwise is not probed.
     """
 
@@ -55,6 +58,7 @@ class ProbeResults:
         versions: Mapping[str, str] | None = None,
         refits: Iterable[Refit] = (),
         left_out: Mapping[str, str] | None = None,
+        pairs: Mapping[tuple[str | None, str | None, str], Pairs] | None = None,
     ):
         self.taps = list(taps)
         self._rows: list[Row] = []
@@ -68,6 +72,7 @@ class ProbeResults:
         self.versions = dict(versions or {})
         self.refits = list(refits)
         self.left_out = dict(left_out or {})
+        self.pairs = dict(pairs or {})
 
     def add(self, rows: Iterable[Row]) -> None:
         """Takes further measures into the record."""
@@ -265,6 +270,31 @@ class ProbeResults:
         from keras_probes.view.table import table
 
         return table(self, metric, epoch=epoch, target=target)
+
+    def compare(
+        self, tap: str, other: str, *, split: str | None = None, target: str | None = None
+    ) -> "Comparison":
+        """Compares the errors of two layers, by a test that knows they saw the same examples.
+
+        Args:
+            tap: Name of a tap.
+            other: Name of the one to compare it with.
+            split: Which split; by default the last measured of train, validation and test.
+            target: Which target; may be left out if there is only one.
+
+        Returns:
+            How much more the error of `tap` is, with its 95% interval and p-value, by McNemar's
+            exact test of classes and a paired t-test of other tasks. Without what pairs need, as of
+            training examples and of results that earlier versions saved, both are taken for
+            independent: `test` says so.
+
+        Raises:
+            ImportError: SciPy is not installed.
+            ValueError: An unknown tap, or nothing of this was measured.
+        """
+        from keras_probes.results.compare import compare
+
+        return compare(self, tap, other, split=split, target=target)
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
         """Draws error against depth, as the paper's figures 3 and 4b.

@@ -158,6 +158,30 @@ class Refit:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pairs:
+    """How the errors of layers went together, over the examples of an evaluation.
+
+    Attributes:
+        epoch: Epoch, from 0.
+        taps: Names of the taps, T of them.
+        moments: Sums over examples of (1, e, e²) of each tap with (1, e) of each, where e is an
+            example's error and both taps have one; float64, shape (3 T, 2 T).
+    """
+
+    epoch: int
+    taps: tuple[str, ...]
+    moments: np.ndarray
+
+    def of(self, tap: str, other: str) -> tuple[float, float, float, float, float, float]:
+        """Sums over the examples that two taps have: n, of e, e², e', e'² and e e'."""
+        size = len(self.taps)
+        a, b = self.taps.index(tap), self.taps.index(other)
+        n, total, squares = self.moments[[a, size + a, 2 * size + a], b]
+        of_other, squares_of_other = self.moments[[size + b, 2 * size + b], a]
+        return n, total, squares, of_other, squares_of_other, self.moments[size + a, size + b]
+
+
+@dataclasses.dataclass(frozen=True)
 class Probe:
     """A linear probe on the raw, reduced features h of a tap: activation(h @ W + b).
 

@@ -2,12 +2,13 @@
 
 In: a `ProbeResults`. Out: findings, each with a code that has a page in `docs/diagnostics/`.
 
-No finding rests on differences that chance explains. Errors are compared as proportions, at a
-level of `ALPHA` for all comparisons of a check together (Holm 1979). Two layers are measured on the
-same examples and mostly miss the same ones, which the tests do not know: they rather keep silent.
+Errors are compared by tests at the level of `ALPHA`, corrected for the several comparisons of a
+check (Holm 1979). Two layers are measured on the same examples: where it is known how their errors
+went together, the test is a paired one (`results/compare.py`), else it takes them for independent.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,9 @@ from typing import Literal, TypeVar
 import numpy as np
 import pandas as pd
 
+from keras_probes.results.compare import compare_rows, deviation_of, pairs_of
 from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import Pairs
 from keras_probes.view.layout import Layout, layout_of
 from keras_probes.view.table import CONVERGED
 
@@ -87,7 +90,11 @@ class _Measures:
     layout: Layout
     all_taps: pd.DataFrame  # of the split that decides, by tap
 
-    @property
+    @functools.cached_property
+    def pairs(self) -> Pairs | None:
+        return pairs_of(self.results, self.all_taps.iloc[0])
+
+    @functools.cached_property
     def frame(self) -> pd.DataFrame:
         """The same of the taps that could be measured."""
         return self.all_taps[self.all_taps["n"] > 0]
@@ -104,20 +111,24 @@ class _Measures:
 
     def above(self, tap: str, other: str) -> float:
         """p-value of the error of `tap` being no more than that of `other`."""
-        return _p_above(self.error(tap), self.n(tap), self.error(other), self.n(other))
+        return compare_rows(self.pairs, self.frame.loc[tap], self.frame.loc[other]).p_above
+
+    def deviation(self, tap: str) -> float:
+        """Standard deviation of the error of `tap`."""
+        return deviation_of(self.frame.loc[tap])
 
     def guess(self) -> float:
-        """The error of the majority class."""
+        """The error of who sees no feature: of classes, that of the majority."""
         return float(self.frame["majority"].iloc[-1])
 
     def guesses(self, tap: str) -> bool:
-        """Whether a tap is known to be better than the majority class by less than `GUESSES`."""
-        best = self.error(tap) - 1.645 * _deviation(self.error(tap), self.n(tap))
+        """Whether a tap is known to be better than guessing by less than `GUESSES`."""
+        best = self.error(tap) - 1.645 * self.deviation(tap)
         return self.guess() - best < GUESSES
 
     def learned(self, tap: str) -> float:
-        """p-value of the error of `tap` being no less than that of the majority class."""
-        return _p_above(self.guess(), math.inf, self.error(tap), self.n(tap))
+        """p-value of the error of `tap` being no less than that of guessing."""
+        return _p_above(self.guess() - self.error(tap), self.deviation(tap))
 
 
 def diagnose(results: ProbeResults, *, target: str | None = None) -> Findings:
@@ -209,7 +220,7 @@ def _rises(m: _Measures) -> Iterator[Finding]:
 def _plateau(m: _Measures) -> Iterator[Finding]:
     """KP003: layers that add nothing."""
     trunk = _long_enough(m, SHORTEST["plateau"] + 1)
-    noise = 1.645 * math.sqrt(2) * min(_deviation(m.error(tap), m.n(tap)) for tap in trunk)
+    noise = 1.645 * math.sqrt(2) * min(m.deviation(tap) for tap in trunk)
     if noise >= MARGIN:
         raise NotApplicableError(
             f"errors on {m.n(trunk[-1])} examples are not known to within {MARGIN:g}"
@@ -264,7 +275,7 @@ def _overfitted(m: _Measures) -> Iterator[Finding]:
     taps = [tap for tap in m.frame.index if tap in train.index and train["n"][tap]]
     errors = {tap: float(train["value"][tap]) for tap in taps}
     sure = _holm(
-        {tap: _p_above(m.error(tap), m.n(tap), errors[tap], int(train["n"][tap])) for tap in taps}
+        {tap: compare_rows(None, m.frame.loc[tap], train.loc[tap]).p_above for tap in taps}
     )
     far = [tap for tap in taps if tap in sure and m.error(tap) - errors[tap] > OVERFITTED]
     if far:
@@ -316,8 +327,8 @@ def _not_monotonic(m: _Measures) -> Iterator[Finding]:
     """KP008: the error does not fall with depth (Kendall's tau along the trunk)."""
     trunk = _long_enough(m, FEWEST)
     errors = np.array([m.error(tap) for tap in trunk])
-    counts = np.array([m.n(tap) for tap in trunk])
-    drawn = np.random.default_rng(0).binomial(counts, errors, (DRAWS, len(trunk))) / counts
+    spread = np.array([m.deviation(tap) for tap in trunk])
+    drawn = np.random.default_rng(0).normal(errors, spread, (DRAWS, len(trunk)))
     tau = float(_kendall(errors[None])[0])
     low, high = (float(q) for q in np.quantile(_kendall(drawn), (ALPHA / 2, 1 - ALPHA / 2)))
     if high >= 0:
@@ -382,29 +393,17 @@ def _runs(taps: Sequence[str], belongs: Callable[[str], bool]) -> Iterator[list[
         yield run
 
 
-def _p_above(error: float, n: float, other: float, n_other: float) -> float:
-    """One-sided p-value of two proportions, pooled, where the first is more than the second."""
-    if n == n_other == math.inf:
-        return 0.0 if error > other else 1.0
-    pooled = other if n_other == math.inf else (
-        error if n == math.inf else (error * n + other * n_other) / (n + n_other)
-    )  # fmt: skip
-    deviation = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / n_other))
-    if deviation == 0:
-        return 0.0 if error > other else 1.0
-    return 0.5 * math.erfc((error - other) / deviation / math.sqrt(2))
+def _p_above(difference: float, deviation: float) -> float:
+    """One-sided p-value of a difference being no more than 0."""
+    if deviation == 0 or math.isnan(deviation):
+        return 0.0 if difference > 0 and deviation == 0 else 1.0
+    return 0.5 * math.erfc(difference / deviation / math.sqrt(2))
 
 
 def _is_same(m: _Measures, tap: str, other: str) -> bool:
     """Whether two errors are known to differ by less than `MARGIN` (two one-sided tests)."""
-    deviation = math.hypot(*(_deviation(m.error(t), m.n(t)) for t in (tap, other)))
+    deviation = math.hypot(m.deviation(tap), m.deviation(other))
     return abs(m.error(tap) - m.error(other)) + 1.645 * deviation < MARGIN
-
-
-def _deviation(error: float, n: int) -> float:
-    """Standard deviation of an error; with a pseudo-example each, so that it is never 0."""
-    smoothed = (error * n + 1) / (n + 2)
-    return math.sqrt(smoothed * (1 - smoothed) / n)
 
 
 def _holm(p_values: dict[_Key, float]) -> list[_Key]:

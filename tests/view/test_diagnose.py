@@ -8,12 +8,15 @@ import pathlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tensorflow as tf
 from made import results_of
 from scipy.stats import binomtest, kendalltau, norm
 from sklearn.utils import check_random_state
 
 from keras_probes import diagnose
+from keras_probes.probes.probe_set import pair_moments
 from keras_probes.results.record import ProbeResults
+from keras_probes.results.schema import Pairs
 from keras_probes.view.diagnose import ALPHA, CHECKS, _holm, _kendall, _p_above
 from keras_probes.view.plots import plot_curves, plot_depth, plot_heatmap
 from keras_probes.view.table import as_bars
@@ -189,13 +192,24 @@ def test_nothing_is_found_where_there_is_nothing_but_chance():
     assert binomtest(found, 200, 2 * ALPHA, alternative="greater").pvalue > 0.01
 
 
-@pytest.mark.parametrize(("a", "b"), [(0.3, 0.2), (0.2, 0.3), (0.5, 0.5), (1.0, 0.0)])
-def test_p_values_against_the_normal_distribution(a, b):
-    n, m = 400, 300
-    pooled = (a * n + b * m) / (n + m)
-    z = (a - b) / np.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
-    assert _p_above(a, n, b, m) == pytest.approx(norm.sf(z))
-    assert _p_above(0.0, n, 0.0, m) == 1
+def test_p_values_against_the_normal_distribution():
+    for z in (-1.0, 0.0, 2.0):
+        assert _p_above(0.1 * z, 0.1) == pytest.approx(norm.sf(z))
+    assert (_p_above(0.0, 0.0), _p_above(0.1, 0.0), _p_above(0.1, math.nan)) == (1.0, 0.0, 1.0)
+
+
+def test_a_small_rise_is_sure_where_the_same_examples_are_missed():
+    errors = {"input": 0.30, "a": 0.20, "b": 0.21, "c": 0.1}
+    results = results_of(errors)
+    assert "KP002" not in codes(results)
+    rng = np.random.default_rng(0)
+    wrong = np.array([rng.permutation(1000) < 1000 * error for error in errors.values()])
+    wrong[2] = wrong[1] | (np.cumsum(~wrong[1]) <= 10) & ~wrong[1]  # 10 more are missed, none less
+    moments = pair_moments(tf.constant(wrong, tf.float32), tf.ones(wrong.shape)).numpy()
+    results.pairs[None, None, "validation"] = Pairs(0, tuple(errors), moments)
+    (finding,) = [f for f in diagnose(results) if f.code == "KP002"]
+    assert finding.taps == ("a", "b")
+    assert finding.numbers["p"] == pytest.approx(2.0**-10)
 
 
 def test_holm_by_hand():

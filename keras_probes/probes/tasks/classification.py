@@ -172,7 +172,7 @@ class Classification(Task):
 
     def batch_sums(
         self, outputs: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, finite: tf.Tensor
-    ) -> tf.Tensor:
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         labelled = tf.cast(labels >= 0, tf.float32)
         unlabelled = (labels == MISSING) | (labels == WRONG)
         counts, weight = finite * labelled, finite * labelled * weights
@@ -186,16 +186,17 @@ class Classification(Task):
         loss = tf.reduce_logsumexp(outputs, axis=-1) - of_label[..., 0]
         if self.whole:
             weight = tf.where(loss < -UNSEEN / 2, weight, 0.0)
+        wrong = tf.cast(place >= 1, tf.float32)
         columns = [
             counts,
-            counts * tf.cast(place >= 1, tf.float32),
+            counts * wrong,
             counts * tf.cast(place >= 5, tf.float32),
             weight,
             weight * loss,
             (1.0 - finite) * labelled,
             tf.broadcast_to(tf.cast(unlabelled, tf.float32), tf.shape(finite)),
         ]
-        return tf.reduce_sum(tf.cast(tf.stack(columns, axis=1), tf.float64), axis=2)
+        return tf.reduce_sum(tf.cast(tf.stack(columns, axis=1), tf.float64), axis=2), wrong
 
     def measure(self, metric: str, sums: Mapping[str, Any]) -> float:
         """Errors are shares of examples, 0 to 1; the loss is the weighted mean cross-entropy in

@@ -135,7 +135,7 @@ class MultiLabel(Task):
 
     def batch_sums(
         self, outputs: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, finite: tf.Tensor
-    ) -> tf.Tensor:
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         state = self.state(labels)
         known = tf.cast((labels >= 0) & (state == 0)[:, None], tf.float32)
         y = tf.cast(labels == 1, tf.float32)
@@ -159,7 +159,8 @@ class MultiLabel(Task):
         ]
         if self.ranked:
             parts.append(self._scores(outputs, labels, answers))
-        return tf.cast(tf.concat(parts, axis=1), tf.float64)
+        errors = tf.math.divide_no_nan(tf.reduce_sum(wrong, axis=2), tf.reduce_sum(answers, axis=2))
+        return tf.cast(tf.concat(parts, axis=1), tf.float64), errors
 
     def _scores(self, outputs: tf.Tensor, labels: tf.Tensor, answers: tf.Tensor) -> tf.Tensor:
         """How often a score was in each bin, by label and by whether it is there."""

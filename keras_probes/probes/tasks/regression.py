@@ -158,7 +158,7 @@ class Regression(Task):
 
     def batch_sums(
         self, outputs: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, finite: tf.Tensor
-    ) -> tf.Tensor:
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         state = self.state(labels)
         labelled = tf.cast(state == 0, tf.float32)
         unlabelled = tf.cast((state == MISSING) | (state == WRONG), tf.float32)
@@ -184,7 +184,7 @@ class Regression(Task):
             tf.stack(columns, axis=2),
             *(counts[..., None] * of_each for of_each in of_outputs),
         ]
-        return tf.reduce_sum(tf.cast(tf.concat(parts, axis=2), tf.float64), axis=1)
+        return tf.reduce_sum(tf.cast(tf.concat(parts, axis=2), tf.float64), axis=1), 2.0 * loss
 
     def measure(self, metric: str, sums: Mapping[str, Any]) -> float:
         """The error is the share of variance left unexplained, 1 - R² (mean over the numbers).

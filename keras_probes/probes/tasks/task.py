@@ -264,14 +264,19 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def batch_sums(
         self, outputs: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, finite: tf.Tensor
-    ) -> tf.Tensor:
-        """What a batch adds to the sums, side by side: float64, shape (taps, size of all).
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """What a batch adds to the sums, and the error of each example.
 
         Args:
             outputs: float32, shape (taps, batch, outputs).
             labels: As `labels` returns them.
             weights: float32, shape (batch,).
             finite: float32, shape (taps, batch): 1 where features are finite, else 0.
+
+        Returns:
+            The sums side by side, float64, shape (taps, size); and errors, float32, shape (taps,
+            batch), whose mean is the error, or in proportion to it. Those of examples that do not
+            count are finite.
         """
 
     @property
