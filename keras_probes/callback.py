@@ -35,6 +35,7 @@ from keras_probes.probes.tasks import METRICS, TASKS
 from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import (
     BASELINES,
+    Details,
     Pairs,
     Row,
     name_of_baseline,
@@ -97,7 +98,13 @@ class LinearProbeCallback(keras.callbacks.Callback):
             of weight 0 is left out.
         optimizer: Keras optimizer for the probes; a copy is used. By default Adam. That and one
             given by its name have a learning rate of 0.15, on features of length 1.
-        metrics: Which of `"error"`, `"loss"` (cross-entropy in nats) and `"top5_error"` to report.
+        metrics: What to report. Of every task `"error"` (the share of examples, or of answers,
+            that are wrong; of numbers the share of variance unexplained, 1 - R²) and `"loss"`
+            (cross-entropy in nats; of numbers half the squared error of standardised labels). Of
+            classes also `"top5_error"`, `"balanced_error"` (mean over classes), `"mean_iou"`, and
+            of two classes `"auroc"`; of several labels `"mean_average_precision"` and `"auroc"`; of
+            numbers `"mse"` and `"mae"`, in the labels' own units. A target reports those that its
+            task has.
         mode: `"shared"`: probes read the model's own forward pass, at almost no cost, and the
             model trains as without them up to rounding. `"isolated"`: they run a second forward
             pass, at inference, and the model trains bit for bit as without them.
@@ -154,7 +161,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         num_classes: int | Mapping[str, int] | None = None,
         sample_weight: Callable[[Any, Any, Any], Any] | None = None,
         optimizer: keras.optimizers.Optimizer | str | None = None,
-        metrics: Sequence[Literal["error", "loss", "top5_error"]] = ("error", "loss"),
+        metrics: Sequence[str] = ("error", "loss"),
         mode: Literal["shared", "isolated"] = "shared",
         every: int | Literal["auto"] = "auto",
         baselines: Sequence[Literal["initial", "shuffled"]] = (),
@@ -648,6 +655,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
             of = measured.targets[key]
             pairs = Pairs(self._epoch, taps, moments)
             self.results.pairs[of.name, of.baseline, split] = pairs
+        for key, counts in measured.details().items():
+            of = measured.targets[key]
+            self.results.details[of.name, of.baseline, split] = Details(self._epoch, counts)
         if measured.refit is not None:
             self.results.refits.append(measured.refit)
         # Before Keras backs up the host: where its backup is there, ours is.

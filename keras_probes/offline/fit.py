@@ -24,7 +24,7 @@ from keras_probes.probes.solver import Fit, minimise
 from keras_probes.probes.spread import LARGEST, inverse_spread
 from keras_probes.probes.tasks.task import Task
 from keras_probes.results.record import ProbeResults
-from keras_probes.results.schema import Node, Pairs, Probe, Row, versions
+from keras_probes.results.schema import Details, Node, Pairs, Probe, Row, versions
 
 PATH_TOL = 1e-3  # nats; enough to compare validation losses
 READ_ROWS = 8192  # about so many rows are in the works at a time
@@ -108,7 +108,9 @@ def fit_probes(
         },
         versions={**store.versions, **versions()},
         left_out=store.manifest.get("left_out"),
+        class_names=store.class_names,
     )
+    details: dict[tuple[str | None, Split], dict] = defaultdict(dict)
     errors: dict[tuple[str | None, Split], list[np.ndarray]] = defaultdict(list)
     with tqdm(chosen, desc="fitting probes", unit=" taps", disable=not verbose) as progress:
         for tap in progress:
@@ -117,6 +119,8 @@ def fit_probes(
                 probe = _TapFit(features, target, task, penalties, tol, max_iterations)
                 results.add(probe.rows())
                 results.probes[target, tap] = probe.probe()
+                for split, counts in probe.details().items():
+                    details[target, split][tap] = counts
                 for split, of_split in probe.errors.items():
                     if split != "train" or len(splits) == 1:
                         errors[target, split].append(of_split)
@@ -128,6 +132,8 @@ def fit_probes(
             counts = np.isfinite(of_each).astype("float32")
             moments = pair_moments(tf.constant(np.nan_to_num(of_each)), tf.constant(counts))
             results.pairs[target, None, split] = Pairs(0, tuple(chosen), moments.numpy())
+    for (target, split), by_tap in details.items():
+        results.details[target, None, split] = Details(0, by_tap)
     return results
 
 
@@ -333,7 +339,7 @@ class _TapFit:
         tol: float,
         max_passes: int,
     ):
-        task = task.of_all().measuring(task.metrics)
+        task = task.of_all().measuring(task.measurable)
         self._features, self._target = features, target
         raw = {split: rows.labels(target) for split, rows in features.splits.items()}
         self._task, self._labels = task, raw
@@ -407,6 +413,15 @@ class _TapFit:
             errors[here] = np.where(counts, of_each.numpy()[0], np.nan)
         return self._task.named(totals)
 
+    def details(self) -> dict[Split, dict[str, np.ndarray]]:
+        """What was counted by class or label, by split and name; nothing where nothing was."""
+        names = self._task.details
+        found: dict[Split, dict[str, Any]] = {
+            split: {name: sums[name] for name in names if name in sums}
+            for split, sums in self._sums.items()
+        }
+        return {split: counts for split, counts in found.items() if counts}
+
     def probe(self) -> Probe:
         """The probe on raw features."""
         weights = self._fit.weights[0]
@@ -429,7 +444,7 @@ class _TapFit:
         rows = []
         task = self._task
         for split, sums in self._sums.items():
-            of_split = {metric: task.measure(metric, sums) for metric in task.metrics}
+            of_split = {metric: task.measure(metric, sums) for metric in task.measurable}
             for metric, value in {**of_split, **(fit if split == "train" else {})}.items():
                 majority, chance, low, high = (math.nan,) * 4
                 if metric in of_split:

@@ -41,6 +41,16 @@ class Measured:
     pairs: Mapping[str | None, np.ndarray]
     refit: Refit | None = None
 
+    def details(self) -> dict[str | None, dict[str, dict[str, np.ndarray]]]:
+        """What was counted by class or label: by key, tap and name."""
+        found = {}
+        for key, by_tap in self.sums.items():
+            names = self.targets[key].task.details
+            counts = {t: {n: s[n] for n in names if n in s} for t, s in by_tap.items()}
+            if any(counts.values()):
+                found[key] = counts
+        return found
+
 
 def rows_of(
     measured: Measured,
@@ -61,7 +71,7 @@ def rows_of(
     for key, by_tap in measured.sums.items():
         target = measured.targets[key]
         task = target.task
-        asked = [metric for metric in metrics if metric in task.metrics]
+        asked = [metric for metric in metrics if metric in task.measurable]
         for metric in (*asked, *(task.first_pass if measured.first_pass else ())):
             majority, chance = task.guesses(metric, measured.known[key], measured.counts[key])
             for tap, row in by_tap.items():
@@ -110,7 +120,7 @@ def rows_of_batches(
         for tap, total in sums[target.key].items():
             was = before[target.key][tap] if before else {}
             new = {name: value - was.get(name, 0.0) for name, value in total.items()}
-            for metric in (metric for metric in metrics if metric in target.task.metrics):
+            for metric in (metric for metric in metrics if metric in target.task.measurable):
                 yield Row(
                     epoch=epoch,
                     step=step,

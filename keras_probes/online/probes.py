@@ -362,8 +362,11 @@ class OnlineProbes:
         for target in self.targets:
             if not target.needs_x:
                 labels, task = target.labels(None, y), target.task
-                known = tf.cast(task.state(labels) == 0, tf.float32)
-                if reason := task.untrainable(task.tally(labels, known[None]).numpy()[0]):
+                state = task.state(labels)
+                tally = task.tally(labels, tf.cast(state == 0, tf.float32)[None])
+                reason = task.untrainable(tally.numpy()[0])
+                # Of labels that are wrong or missing, `check` tells.
+                if reason and not tf.reduce_any(state == WRONG) and tf.reduce_any(state == 0):
                     raise ValueError(f"{reason}, among the labels that fit was given.")
                 self._take_scale(target, labels)
 
@@ -547,7 +550,7 @@ def mebibytes(size: float) -> str:
 
 def _check_metrics(metrics: Sequence[str], targets: Sequence[Target]) -> None:
     """Refuses a metric that no target can be measured by."""
-    known = dict.fromkeys(metric for target in targets for metric in target.task.metrics)
+    known = dict.fromkeys(metric for target in targets for metric in target.task.measurable)
     for metric in metrics:
         if metric not in known:
             raise ValueError(

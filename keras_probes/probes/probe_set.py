@@ -70,6 +70,10 @@ class ProbeSet:
     ):
         self.taps = list(n_features)
         self.tasks = dict(tasks)
+        self._measuring = {
+            "train": self.tasks,
+            "test": {target: task.for_evaluation() for target, task in tasks.items()},
+        }
         self.targets = list(tasks)
         self.optimizer = optimizer
         by_width: dict[int, list[str]] = defaultdict(list)
@@ -86,8 +90,8 @@ class ProbeSet:
             (kind, target): keras.Variable(
                 np.zeros((len(self.taps), task.size)), dtype="float64", name=kind, **SAME
             )
-            for kind in ("train", "test")
-            for target, task in tasks.items()
+            for kind, of_kind in self._measuring.items()
+            for target, task in of_kind.items()
         }
         # How far probes were from their optimum at the last refit, and are, and when that was; -1
         # where it is not known.
@@ -337,7 +341,7 @@ class ProbeSet:
     ) -> dict[str | None, tf.Tensor]:
         """Takes a batch into the sums; returns its own by target, a row a tap."""
         of_batch = {}
-        for target, task in self.tasks.items():
+        for target, task in self._measuring[kind].items():
             pairs = zip(self._groups, z, strict=True)
             outputs = [group.heads[target].mean_outputs(of_group) for group, of_group in pairs]
             rows, errors = task.batch_sums(
@@ -411,7 +415,7 @@ class ProbeSet:
         """Returns `sums[target][tap][name]` since the last reset, for the names of the task."""
         by_group = [tap for group in self._groups for tap in group.taps]
         found: dict[str | None, dict[str, dict[str, Any]]] = {}
-        for target, task in self.tasks.items():
+        for target, task in self._measuring[kind].items():
             rows = map(task.named, self._sums[kind, target].value.numpy())
             of_tap = dict(zip(by_group, rows, strict=True))
             found[target] = {tap: of_tap[tap] for tap in self.taps}

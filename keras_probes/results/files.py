@@ -13,7 +13,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,6 +24,7 @@ from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import (
     BASELINES,
     NUMBERS,
+    Details,
     Node,
     Pairs,
     Probe,
@@ -54,6 +56,8 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
         npz = io.BytesIO()
         np.savez_compressed(npz, *(pairs.moments for pairs in results.pairs.values()))
         contents["pairs"] = (npz.getvalue(), "npz")
+    if results.details:
+        contents["details"] = (_npz_of(results.details), "npz")
     files = {}
     for name, (content, ending) in contents.items():
         digest = hashlib.sha256(content).hexdigest()
@@ -78,11 +82,19 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
             {"key": key, "epoch": pairs.epoch, "taps": pairs.taps}
             for key, pairs in results.pairs.items()
         ],
+        "details": [
+            {"key": key, "epoch": of.epoch, "taps": list(of.counts)}
+            for key, of in results.details.items()
+        ],
+        "class_names": results.class_names,
     }
     with replacing(directory / _MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode())
     kept = {file["name"] for file in files.values()}
-    stale_ones = (directory.glob(f"{name}-*") for name in ("measures", "probes", "pairs"))
+    stale_ones = (
+        directory.glob(f"{name}-*")
+        for name in contents.keys() | {"measures", "probes", "pairs", "details"}
+    )
     for stale in itertools.chain(*stale_ones):
         if stale.name not in kept:
             stale.unlink()
@@ -124,6 +136,8 @@ def load(directory: str | os.PathLike) -> ProbeResults:
             refits=[Refit(**refit) for refit in manifest.get("refits", ())],
             left_out=manifest.get("left_out"),
             pairs=_pairs(manifest, contents),
+            details=_details(manifest, contents),
+            class_names=manifest.get("class_names"),
         )
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -154,6 +168,36 @@ def _pairs(
     return {
         tuple(of["key"]): Pairs(of["epoch"], tuple(of["taps"]), arrays[f"arr_{place}"])
         for place, of in enumerate(manifest["pairs"])
+    }
+
+
+def _npz_of(details: Mapping[Any, Details]) -> bytes:
+    """Counts by place of the pass, place of the tap, and name."""
+    npz = io.BytesIO()
+    arrays: dict[str, Any] = {
+        f"{place}/{of_tap}/{name}": array
+        for place, of in enumerate(details.values())
+        for of_tap, counts in enumerate(of.counts.values())
+        for name, array in counts.items()
+    }
+    np.savez_compressed(npz, **arrays)
+    return npz.getvalue()
+
+
+def _details(
+    manifest: dict[str, Any], contents: dict[str, bytes]
+) -> dict[tuple[str | None, str | None, str], Details]:
+    if "details" not in contents:
+        return {}
+    arrays = np.load(io.BytesIO(contents["details"]), allow_pickle=False)
+    found: dict[int, dict[str, dict[str, np.ndarray]]] = defaultdict(lambda: defaultdict(dict))
+    for key in arrays.files:
+        place, of_tap, name = key.split("/")
+        tap = manifest["details"][int(place)]["taps"][int(of_tap)]
+        found[int(place)][tap][name] = arrays[key]
+    return {
+        tuple(of["key"]): Details(of["epoch"], found[place])
+        for place, of in enumerate(manifest["details"])
     }
 
 

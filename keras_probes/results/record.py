@@ -15,6 +15,7 @@ from keras_probes.results.schema import (
     COLUMNS,
     NUMBERS,
     SPLITS,
+    Details,
     Node,
     Pairs,
     Probe,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from keras_probes.view.diagnose import Findings
 
 _Kind = tuple[str | None, str, str | None]  # target, metric, baseline
+_Pass = tuple[str | None, str | None, str]  # target, baseline, split
 
 
 class ProbeResults:
@@ -43,6 +45,8 @@ class ProbeResults:
         versions: Of the libraries that measured it.
         refits: How probes that train online were refitted, epoch by epoch.
         pairs: By target, baseline and split: how errors went together in the last evaluation.
+        details: Likewise: what it counted by class or by label.
+        class_names: Names of the classes, or labels, of a single target, where they are known.
         left_out: By name, why what `layers=` picks otherwise is not probed.
     """
 
@@ -58,7 +62,9 @@ class ProbeResults:
         versions: Mapping[str, str] | None = None,
         refits: Iterable[Refit] = (),
         left_out: Mapping[str, str] | None = None,
-        pairs: Mapping[tuple[str | None, str | None, str], Pairs] | None = None,
+        pairs: Mapping[_Pass, Pairs] | None = None,
+        details: Mapping[_Pass, Details] | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         self.taps = list(taps)
         self._rows: list[Row] = []
@@ -73,6 +79,8 @@ class ProbeResults:
         self.refits = list(refits)
         self.left_out = dict(left_out or {})
         self.pairs = dict(pairs or {})
+        self.details = dict(details or {})
+        self.class_names = list(class_names) if class_names else None
 
     def add(self, rows: Iterable[Row]) -> None:
         """Takes further measures into the record."""
@@ -295,6 +303,50 @@ class ProbeResults:
         from keras_probes.results.compare import compare
 
         return compare(self, tap, other, split=split, target=target)
+
+    def per_class(
+        self, tap: str, *, split: str | None = None, target: str | None = None
+    ) -> pd.DataFrame:
+        """Returns the errors of a layer's probe by class, or by label of several.
+
+        They are those of the last evaluation; of training, `fit_probes` has them.
+
+        Args:
+            tap: Tap name.
+            split: Which split; by default the last of test, validation and train that has them.
+            target: Which target; may be left out if there is only one.
+
+        Returns:
+            A frame with a row for each class or label: `n` examples, their `error` (the share that
+            the probe gets wrong) with its 95% interval `ci_low` and `ci_high`; and of classes
+            `answered`, how many examples are said to be of it, and `iou`, intersection over union.
+
+        Raises:
+            ValueError: An unknown tap, or nothing was counted by class.
+        """
+        from keras_probes.results.by_class import per_class
+
+        return per_class(self, tap, split=split, target=target)
+
+    def confusion(
+        self, tap: str, *, split: str | None = None, target: str | None = None
+    ) -> pd.DataFrame:
+        """Returns the confusion matrix of a layer's probe: examples by class and by answer.
+
+        Args:
+            tap: Tap name.
+            split: As of `per_class`.
+            target: Likewise.
+
+        Returns:
+            A frame with a row for each class and a column for each answer.
+
+        Raises:
+            ValueError: As `per_class`, or there are too many classes.
+        """
+        from keras_probes.results.by_class import confusion
+
+        return confusion(self, tap, split=split, target=target)
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
         """Draws error against depth, as the paper's figures 3 and 4b.

@@ -182,6 +182,21 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Details:
+    """What an evaluation counted by class or by label.
+
+    Attributes:
+        epoch: Epoch, from 0.
+        counts: By tap and name. Of classes: `confusion`, shape (classes, classes), examples by
+            class and by answer; of very many, `labelled`, `right` and `answered`, shape (classes,).
+            Of several labels: `answers_by_label` and `wrong_by_label`, shape (labels,).
+    """
+
+    epoch: int
+    counts: Mapping[str, Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Probe:
     """A linear probe on the raw, reduced features h of a tap: activation(h @ W + b).
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.probes.tasks.ranking import BINS, histograms, mean_auroc
 from keras_probes.probes.tasks.task import (
     CODE_LENGTH,
     MISSING,
@@ -21,6 +22,8 @@ from keras_probes.probes.tasks.task import (
 from keras_probes.results.schema import wilson_interval
 
 SMOOTHING = 0.5  # examples more of each class: the log of none is nothing to begin at
+BY_CLASS = ("labelled", "right", "answered")  # examples of each class
+MOST_CONFUSED = 100  # classes: of more, the sums are not by class and answer
 UNSEEN = -1e9  # the bias of a class without examples, where it is never to be predicted
 
 
@@ -36,10 +39,14 @@ class Classification(Task):
         signed: Whether labels are -1 and 1, as a hinge loss takes them.
         whole: Whether a class without training examples is never predicted. Its examples count as
             errors, and not in the loss.
+        by_class: Whether sums are by class besides.
+        ranked: Whether they hold how the scores of two classes rank the examples.
     """
 
     name: ClassVar[str] = "classification"
-    metrics: ClassVar[tuple[str, ...]] = ("error", "loss", "top5_error")
+    metrics: ClassVar[tuple[str, ...]] = (
+        "error", "loss", "top5_error", "balanced_error", "mean_iou", "auroc"
+    )  # fmt: skip
     of_keras: ClassVar[dict[str, tuple[str, ...]]] = {
         "error": ("accuracy", "acc", "sparse_categorical_accuracy", "categorical_accuracy")
     }
@@ -49,6 +56,10 @@ class Classification(Task):
     ignored: int | None = None
     signed: bool = False
     whole: bool = False
+    by_class: bool = False
+    ranked: bool = False
+
+    details: ClassVar[tuple[str, ...]] = ("confusion", *BY_CLASS)
 
     @classmethod
     def suits(cls, clues: Clues) -> bool:
@@ -94,10 +105,9 @@ class Classification(Task):
         columns, loss = clues.output_columns, clues.loss_name
         if columns and "crossentropy" in loss and ("binary" not in loss or columns == 1):
             return max(columns, 2)
-        known = clues.rows
-        if known is None or not np.any(known >= 0):
-            return None
-        return max(int(np.nanmax(known)) + 1, 2)
+        rows = clues.rows
+        known = rows[np.isfinite(rows) & (rows >= 0)] if rows is not None else np.zeros(0)
+        return max(int(known.max()) + 1, 2) if len(known) else None
 
     @property
     def about(self) -> str:
@@ -141,6 +151,18 @@ class Classification(Task):
             _likely_reason(raw, self.outputs),
         )
 
+    @property
+    def measurable(self) -> tuple[str, ...]:
+        return tuple(of for of in self.metrics if of != "auroc" or self.outputs == 2)
+
+    def measuring(self, metrics: Sequence[str]) -> "Classification":
+        by_class = not {"balanced_error", "mean_iou"}.isdisjoint(metrics)
+        ranked = "auroc" in metrics and self.outputs == 2
+        return dataclasses.replace(self, by_class=by_class, ranked=ranked)
+
+    def for_evaluation(self) -> "Classification":
+        return dataclasses.replace(self, by_class=True)
+
     def of_all(self) -> "Classification":
         return dataclasses.replace(self, whole=True)
 
@@ -168,7 +190,11 @@ class Classification(Task):
     @property
     def sums(self) -> Sums:
         errors, loss = ("count", "wrong", "wrong_top5"), ("weight", "weighted_loss")
-        return dict.fromkeys((*errors, *loss, "nonfinite", "unlabelled"), ())
+        scalars = dict.fromkeys((*errors, *loss, "nonfinite", "unlabelled"), ())
+        by_class: Sums = dict.fromkeys(BY_CLASS, (self.outputs,)) if self.by_class else {}
+        if self.by_class and self.outputs <= MOST_CONFUSED:
+            by_class = {"confusion": (self.outputs, self.outputs)}
+        return {**scalars, **by_class, **({"scores": (1, 2, BINS)} if self.ranked else {})}
 
     def batch_sums(
         self, outputs: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, finite: tf.Tensor
@@ -196,7 +222,31 @@ class Classification(Task):
             (1.0 - finite) * labelled,
             tf.broadcast_to(tf.cast(unlabelled, tf.float32), tf.shape(finite)),
         ]
-        return tf.reduce_sum(tf.cast(tf.stack(columns, axis=1), tf.float64), axis=2), wrong
+        parts = [tf.reduce_sum(tf.cast(tf.stack(columns, axis=1), tf.float64), axis=2)]
+        if self.by_class:
+            answers = tf.argmax(outputs, axis=-1, output_type=tf.int32)
+            parts += self._by_class(answers, labels, counts)
+        if self.ranked:
+            score, there = outputs[..., 1:] - outputs[..., :1], labels[:, None] == 1
+            parts.append(histograms(score, there, counts[..., None]))
+        return tf.concat([tf.cast(part, tf.float64) for part in parts], axis=1), wrong
+
+    def _by_class(
+        self, answers: tf.Tensor, labels: tf.Tensor, counts: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Sums by class; by class and answer, where these are few enough.
+
+        Args:
+            answers: The classes that probes say, int32, shape (taps, batch).
+            labels: Shape (batch,).
+            counts: Shape (taps, batch).
+        """
+        labels = tf.broadcast_to(tf.maximum(labels, 0), tf.shape(answers))
+        if self.outputs <= MOST_CONFUSED:
+            return [_counted(labels * self.outputs + answers, counts, self.outputs**2)]
+        hits = counts * tf.cast(answers == labels, tf.float32)
+        each = ((labels, counts), (labels, hits), (answers, counts))
+        return [_counted(which, of, self.outputs) for which, of in each]
 
     def measure(self, metric: str, sums: Mapping[str, Any]) -> float:
         """Errors are shares of examples, 0 to 1; the loss is the weighted mean cross-entropy in
@@ -204,6 +254,15 @@ class Classification(Task):
         """
         if metric == CODE_LENGTH:
             return self.measure("loss", sums) / math.log(2)
+        if metric == "auroc":
+            return mean_auroc(sums["scores"]) if self.ranked else math.nan
+        if metric in ("balanced_error", "mean_iou"):
+            labelled, hit, answered = by_class(sums)
+            there = labelled > 0 if metric == "balanced_error" else labelled + answered > 0
+            whole = labelled if metric == "balanced_error" else labelled + answered - hit
+            shares = hit[there] / whole[there]
+            mean = float(shares.mean()) if len(shares) else math.nan
+            return 1.0 - mean if metric == "balanced_error" else mean
         numerator, denominator = {
             "error": ("wrong", "count"),
             "top5_error": ("wrong_top5", "count"),
@@ -227,6 +286,14 @@ class Classification(Task):
         n, classes = counts.sum(), np.count_nonzero(known + counts)
         if not n or not known.sum():
             return math.nan, math.nan
+        if metric == "auroc":
+            return 0.5, 0.5
+        present = np.count_nonzero(counts)
+        if metric == "balanced_error":
+            return 1 - 1 / present, 1 - 1 / classes
+        if metric == "mean_iou":
+            often = counts[np.argmax(known)]
+            return float(often / n / (present + (often == 0))), math.nan
         if metric == "loss":
             with np.errstate(divide="ignore"):
                 nats = -np.log(known / known.sum())
@@ -270,6 +337,25 @@ class Classification(Task):
         p /= total
         losses = tf.math.log(total[:, 0]) - tf.reduce_sum(outputs * is_label, axis=1)
         return losses, p - is_label, p - p * p
+
+
+def by_class(sums: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many examples each class has, are right, and are said to be of it, shape (classes,)."""
+    if "confusion" in sums:
+        confusion = sums["confusion"]
+        return confusion.sum(axis=1), np.diagonal(confusion), confusion.sum(axis=0)
+    labelled, hit, answered = (sums[name] for name in BY_CLASS)
+    return labelled, hit, answered
+
+
+def _counted(which: tf.Tensor, counts: tf.Tensor, size: int) -> tf.Tensor:
+    """How much of `counts`, shape (taps, batch), is of each of `size` kinds: (taps, size)."""
+    taps = tf.shape(which)[0]
+    segment = which + (tf.range(taps) * size)[:, None]
+    of_all = tf.math.unsorted_segment_sum(
+        tf.reshape(counts, [-1]), tf.reshape(segment, [-1]), taps * size
+    )
+    return tf.reshape(of_all, (taps, size))
 
 
 def _is_hinge(clues: Clues) -> bool:

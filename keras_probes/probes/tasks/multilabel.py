@@ -7,11 +7,17 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.probes.tasks.ranking import (
+    BINS,
+    histograms,
+    mean_auroc,
+    mean_average_precision,
+)
 from keras_probes.probes.tasks.task import CODE_LENGTH, MISSING, WRONG, Clues, Sums, Task
 from keras_probes.results.schema import wilson_interval
 
 SMOOTHING = 0.5  # examples more with and without each label
-BINS = 2048  # of the scores, for the average precision
+RANKED = {"mean_average_precision", "auroc"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +29,18 @@ class MultiLabel(Task):
     Attributes:
         outputs: Number of labels.
         threshold: Above which the host's output says that a label is there; `None` if unknown.
-        ranked: Whether sums hold what the average precision is read off.
+        ranked: Whether sums hold how scores rank the examples.
     """
 
     name: ClassVar[str] = "multilabel"
-    metrics: ClassVar[tuple[str, ...]] = ("error", "loss", "mean_average_precision")
+    metrics: ClassVar[tuple[str, ...]] = ("error", "loss", "mean_average_precision", "auroc")
     of_keras: ClassVar[dict[str, tuple[str, ...]]] = {
         "error": ("accuracy", "acc", "binary_accuracy")
     }
     first_pass: ClassVar[tuple[str, ...]] = (CODE_LENGTH,)
     activation: ClassVar[str] = "sigmoid"
+
+    details: ClassVar[tuple[str, ...]] = ("answers_by_label", "wrong_by_label")
 
     threshold: float | None = None
     ranked: bool = False
@@ -106,7 +114,7 @@ class MultiLabel(Task):
         )
 
     def measuring(self, metrics: Any) -> "MultiLabel":
-        return dataclasses.replace(self, ranked="mean_average_precision" in metrics)
+        return dataclasses.replace(self, ranked=not RANKED.isdisjoint(metrics))
 
     def untrainable(self, tally: np.ndarray) -> str:
         without, there = np.reshape(tally, (2, -1))
@@ -129,7 +137,7 @@ class MultiLabel(Task):
     @property
     def sums(self) -> Sums:
         scalars = ("count", "wrong", "weight", "weighted_loss", "nonfinite", "unlabelled")
-        by_label = {"answers_by_label": (self.outputs,), "wrong_by_label": (self.outputs,)}
+        by_label = dict.fromkeys(self.details, (self.outputs,))
         scores = {"scores": (self.outputs, 2, BINS)} if self.ranked else {}
         return {**dict.fromkeys(scalars, ()), **by_label, **scores}
 
@@ -158,29 +166,18 @@ class MultiLabel(Task):
             tf.reduce_sum(wrong, axis=1),
         ]
         if self.ranked:
-            parts.append(self._scores(outputs, labels, answers))
+            parts.append(histograms(outputs, labels == 1, answers))
         errors = tf.math.divide_no_nan(tf.reduce_sum(wrong, axis=2), tf.reduce_sum(answers, axis=2))
         return tf.cast(tf.concat(parts, axis=1), tf.float64), errors
-
-    def _scores(self, outputs: tf.Tensor, labels: tf.Tensor, answers: tf.Tensor) -> tf.Tensor:
-        """How often a score was in each bin, by label and by whether it is there."""
-        # Without bounds, and the finest where most scores are.
-        squeezed = outputs / (1.0 + tf.abs(outputs))
-        place = tf.minimum(tf.cast((1.0 + squeezed) * (BINS / 2), tf.int32), BINS - 1)
-        taps, total = tf.shape(outputs)[0], self.outputs * 2 * BINS
-        of_label = 2 * tf.range(self.outputs) + tf.cast(labels == 1, tf.int32)
-        segment = of_label * BINS + place + (tf.range(taps) * total)[:, None, None]
-        counted = tf.math.unsorted_segment_sum(
-            tf.reshape(answers, [-1]), tf.reshape(segment, [-1]), taps * total
-        )
-        return tf.reshape(counted, (taps, total))
 
     def measure(self, metric: str, sums: Any) -> float:
         """The error is the share of wrong answers; the loss that of an answer, in nats."""
         if metric == CODE_LENGTH:
             return self.measure("loss", sums) / math.log(2)
         if metric == "mean_average_precision":
-            return _mean_average_precision(sums["scores"])
+            return mean_average_precision(sums["scores"])
+        if metric == "auroc":
+            return mean_auroc(sums["scores"])
         numerator, denominator = {
             "error": (sums["wrong"], np.sum(sums["answers_by_label"])),
             "loss": (sums["weighted_loss"], sums["weight"]),
@@ -202,6 +199,8 @@ class MultiLabel(Task):
         n = counts.sum()
         if not n or not known.sum():
             return math.nan, math.nan
+        if metric == "auroc":
+            return 0.5, 0.5
         if metric == "mean_average_precision":
             shares = counts[1] / np.maximum(counts.sum(axis=0), 1)
             share = float(shares[counts[1] > 0].mean()) if counts[1].any() else math.nan
@@ -259,17 +258,3 @@ def _are_several(rows: np.ndarray | None) -> bool:
     known = rows[np.isfinite(rows) & (rows >= 0)]
     marked = np.sum(rows == 1, axis=1)
     return bool(np.isin(known, (0, 1)).all() and np.any(marked > 1))
-
-
-def _mean_average_precision(scores: np.ndarray) -> float:
-    """Mean over labels of the average precision, of those that are there at all.
-
-    Args:
-        scores: Shape (labels, 2, bins): without the label, and with it.
-    """
-    highest_first = np.cumsum(scores[..., ::-1], axis=2)
-    there = highest_first[:, 1]
-    precision = there / np.maximum(there + highest_first[:, 0], 1)
-    gained = np.diff(there, axis=1, prepend=0) / np.maximum(there[:, -1:], 1)
-    found = np.sum(gained * precision, axis=1)[there[:, -1] > 0]
-    return float(found.mean()) if len(found) else math.nan

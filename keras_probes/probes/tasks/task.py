@@ -99,8 +99,8 @@ class Clues:
 
 def are_whole(rows: np.ndarray) -> bool:
     """Whether labels at hand are whole numbers."""
-    known = rows[np.isfinite(rows)]
-    return bool(np.all(known == np.round(known)))
+    known = rows[~np.isnan(rows)]
+    return bool(np.all(known == np.round(known)) and np.all(np.isfinite(known)))
 
 
 def are_one_hot(rows: np.ndarray) -> bool:
@@ -122,6 +122,7 @@ class Task(abc.ABC):
         name: As `task=` has it.
         metrics: What can be measured.
         of_keras: By metric, what Keras calls that of a model; of an error, its complement.
+        details: Which of the sums are not of single numbers, and kept of the last evaluation.
         first_pass: What can be measured of the first pass through the data besides.
         activation: Keras activation that makes answers of outputs.
         scaled: Whether labels are numbers, which probes see standardised, and the loss is half the
@@ -133,6 +134,7 @@ class Task(abc.ABC):
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     of_keras: ClassVar[dict[str, tuple[str, ...]]]
+    details: ClassVar[tuple[str, ...]] = ()
     first_pass: ClassVar[tuple[str, ...]] = ()
     activation: ClassVar[str]
     scaled: ClassVar[bool] = False
@@ -251,6 +253,15 @@ class Task(abc.ABC):
     def measuring(self, metrics: Sequence[str]) -> "Task":  # noqa: ARG002
         """The same task, whose sums hold what these metrics are read off."""
         return self
+
+    def for_evaluation(self) -> "Task":
+        """The same task, whose sums hold all that is kept of an evaluation."""
+        return self
+
+    @property
+    def measurable(self) -> tuple[str, ...]:
+        """Which of its metrics there are for so many outputs."""
+        return self.metrics
 
     @property
     @abc.abstractmethod

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, log_loss
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.multiclass import OneVsRestClassifier
 
 from keras_probes.probes.problem import Problem
@@ -27,7 +27,7 @@ def rows(n=500, d=6, seed=0):
 def sums_of(task, u, y, finite=None):
     ones = tf.ones((1, len(y))) if finite is None else tf.constant(finite[None], tf.float32)
     u = tf.constant(u[None], tf.float32)
-    return task.named(task.batch_sums(u, tf.constant(y), tf.ones(len(y)), ones).numpy()[0])
+    return task.named(task.batch_sums(u, tf.constant(y), tf.ones(len(y)), ones)[0].numpy()[0])
 
 
 def test_it_is_one_logistic_regression_for_each_label():
@@ -73,6 +73,8 @@ def test_measures_are_scikit_learns():
     assert task.measure("loss", sums) == pytest.approx(expected, rel=1e-5)
     precision = average_precision_score(y, u, average="macro")
     assert task.measure("mean_average_precision", sums) == pytest.approx(precision, abs=2e-3)
+    area = roc_auc_score(y, u, average="macro")
+    assert task.measure("auroc", sums) == pytest.approx(area, abs=2e-3)
 
 
 def test_average_precision_of_ties_and_of_labels_that_are_never_there():

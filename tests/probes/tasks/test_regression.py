@@ -34,7 +34,7 @@ def standardised(y):
 def sums_of(task, u, y, weights=None):
     weights = tf.ones(len(y)) if weights is None else tf.constant(weights, tf.float32)
     u, labels = tf.constant(u[None], tf.float32), task.labels(tf.constant(y))
-    return task.named(task.batch_sums(u, labels, weights, tf.ones((1, len(y)))).numpy()[0])
+    return task.named(task.batch_sums(u, labels, weights, tf.ones((1, len(y))))[0].numpy()[0])
 
 
 def problem(z, y, weights=None):
@@ -144,7 +144,7 @@ def test_a_missing_number_leaves_the_example_out():
     labels = task.labels(tf.constant([[1.0, 2.0], [np.nan, 2.0], [np.inf, 0.0], [3.0, 4.0]]))
     np.testing.assert_array_equal(task.state(labels), [0, MISSING, WRONG, 0])
     sums = task.named(
-        task.batch_sums(tf.zeros((1, 4, 2)), labels, tf.ones(4), tf.ones((1, 4))).numpy()[0]
+        task.batch_sums(tf.zeros((1, 4, 2)), labels, tf.ones(4), tf.ones((1, 4)))[0].numpy()[0]
     )
     assert (sums["count"], sums["unlabelled"], sums["weight"]) == (2, 2, 4)
     np.testing.assert_array_equal(sums["labels"], [4, 6])

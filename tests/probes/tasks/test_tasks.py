@@ -99,10 +99,10 @@ def test_sums_add_up_and_have_names(task, labels):
     u = tf.constant(RNG.normal(size=(2, N, K)), tf.float32)
     finite = tf.constant(RNG.integers(0, 2, (2, N)), tf.float32)
     weights = tf.constant(WEIGHTS[0])
-    whole = task.batch_sums(u, labels, weights, finite).numpy()
+    whole, errors = (of.numpy() for of in task.batch_sums(u, labels, weights, finite))
     assert whole.shape == (2, task.size)
     parts = [
-        task.batch_sums(u[:, at], labels[at], weights[at], finite[:, at]).numpy()
+        task.batch_sums(u[:, at], labels[at], weights[at], finite[:, at])[0].numpy()
         for at in (slice(0, 17), slice(17, N))
     ]
     np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
@@ -111,6 +111,11 @@ def test_sums_add_up_and_have_names(task, labels):
     assert named["count"] == np.sum(finite.numpy()[0][known])
     assert named["nonfinite"] == np.sum(1 - finite.numpy()[0][known])
     assert named["unlabelled"] == N - known.sum()
+    # The error is the mean of the examples' errors, or in proportion to it.
+    every = task.batch_sums(u, labels, weights, tf.ones((2, N)))[0].numpy()
+    values = [task.measure("error", task.named(row)) for row in every]
+    of_examples = errors[:, known].mean(axis=1)
+    assert values[0] / values[1] == pytest.approx(of_examples[0] / of_examples[1], rel=0.05)
 
 
 SPEC = tf.TensorSpec
