@@ -31,6 +31,7 @@ from keras_probes.online.settings import Settings
 from keras_probes.online.waiting import waiting
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.resolve import named_targets
+from keras_probes.probes.spectrum import SPECTRUM
 from keras_probes.probes.tasks import METRICS, TASKS
 from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import (
@@ -104,7 +105,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
             classes also `"top5_error"`, `"balanced_error"` (mean over classes), `"mean_iou"`, and
             of two classes `"auroc"`; of several labels `"mean_average_precision"` and `"auroc"`; of
             numbers `"mse"` and `"mae"`, in the labels' own units. A target reports those that its
-            task has.
+            task has. Of the features themselves `"rank"`, the effective rank, and `"directions"`,
+            the number of directions that hold 99% of the variance, of the examples that probes are
+            refitted on; they are in the table in any case, as of the last epoch.
         mode: `"shared"`: probes read the model's own forward pass, at almost no cost, and the
             model trains as without them up to rounding. `"isolated"`: they run a second forward
             pass, at inference, and the model trains bit for bit as without them.
@@ -185,7 +188,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 f"Received: metrics={metrics!r}."
             )
         for metric in metrics:
-            _one_of("metrics", metric, METRICS)
+            _one_of("metrics", metric, (*METRICS, *SPECTRUM))
         for name in task.values() if isinstance(task, Mapping) else (task,):
             _one_of("task", name, (None, *TASKS))
         if isinstance(baselines, str):
@@ -638,7 +641,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         assert self._online is not None
         self._loaded = None  # what it held, a host has taken
         with waiting(self._fit_params.get("verbose", 0)) as progress:
-            measured = self._online.end_pass(kind, progress)
+            last = self._epoch + 1 == self._fit_params.get("epochs")
+            measured = self._online.end_pass(kind, progress, last)
         if not self.results.taps:
             plan = self._online.plan
             self.results.taps, self.results.graph = plan.tap_infos(), plan.nodes()

@@ -6,6 +6,7 @@ how far it can be from the optimum.
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import math
 import warnings
@@ -21,12 +22,15 @@ from keras_probes.probes.path import PENALTIES, choose_penalty
 from keras_probes.probes.probe_set import MOST_PAIRED, pair_moments
 from keras_probes.probes.problem import Block, Problem
 from keras_probes.probes.solver import Fit, minimise
+from keras_probes.probes.spectrum import SPECTRUM, Spectrum
 from keras_probes.probes.spread import LARGEST, inverse_spread
 from keras_probes.probes.tasks.task import Task
 from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import Details, Node, Pairs, Probe, Row, versions
 
 PATH_TOL = 1e-3  # nats; enough to compare validation losses
+SPECTRUM_ROWS = 25_600  # about so many tell in how many directions features vary
+MOST_FEATURES = 4096  # whose second moments are looked at
 READ_ROWS = 8192  # about so many rows are in the works at a time
 
 Split = Literal["train", "validation", "test"]
@@ -119,6 +123,7 @@ def fit_probes(
                 probe = _TapFit(features, target, task, penalties, tol, max_iterations)
                 results.add(probe.rows())
                 results.probes[target, tap] = probe.probe()
+                results.add(features.rows_of_spectrum(target))
                 for split, counts in probe.details().items():
                     details[target, split][tap] = counts
                 for split, of_split in probe.errors.items():
@@ -260,6 +265,26 @@ class _Features:
     def blocks(self, split: Split) -> Iterable[tuple[tf.Tensor, slice]]:
         """Standardised features, float32, and the place of each block among the split's rows."""
         return self._held[split] if split in self._held else self._read(split)
+
+    @functools.cached_property
+    def spectrum(self) -> Spectrum | None:
+        """In how many directions the training rows vary; `None` of very many features."""
+        if len(self.mean) > MOST_FEATURES:
+            return None
+        stride = max(1, len(self.splits["train"].places) // SPECTRUM_ROWS)
+        moments = np.zeros((len(self.mean), len(self.mean)), "float32")
+        for z, _ in self.blocks("train"):
+            some = z[::stride]
+            moments += tf.matmul(some, some, transpose_a=True).numpy()
+        unit = np.divide(1, self.scale, out=np.zeros_like(self.scale), where=self.scale > 0)
+        return Spectrum.of_moments(tf.constant(unit[:, None] * moments * unit, tf.float32))
+
+    def rows_of_spectrum(self, target: str | None) -> Iterator[Row]:
+        """That as measures, which stand beside those of a target."""
+        n = int(self.finite["train"].sum())
+        for metric in SPECTRUM if self.spectrum is not None else ():
+            value = float(getattr(self.spectrum, metric))
+            yield Row(0, 0, "train", target, self.tap, metric, value, n)
 
     def _read(self, split: Split) -> Iterator[tuple[tf.Tensor, slice]]:
         mean, scale = self.mean.astype("float32"), self.scale.astype("float32")

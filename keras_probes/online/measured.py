@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from keras_probes.probes.probe_set import Sums
+from keras_probes.probes.spectrum import SPECTRUM, Spectrum
 from keras_probes.probes.targets import Target
 from keras_probes.results.schema import Refit, Row
 
@@ -28,6 +29,7 @@ class Measured:
         known: By target, the tally of the labels they trained on.
         counts: By target, that of this pass.
         pairs: By key, how errors went together, in an evaluation.
+        spectra: By tap, in how many directions features vary, where that was looked at.
         refit: What became of the refit at its end; `None` if there was none.
     """
 
@@ -39,6 +41,7 @@ class Measured:
     known: Mapping[str | None, np.ndarray]
     counts: Mapping[str | None, np.ndarray]
     pairs: Mapping[str | None, np.ndarray]
+    spectra: Mapping[str, Spectrum]
     refit: Refit | None = None
 
     def details(self) -> dict[str | None, dict[str, dict[str, np.ndarray]]]:
@@ -96,6 +99,19 @@ def rows_of(
                     chance=chance,
                     host=_of_host(metric, target, of_host),
                 )
+        if target.baseline is None:
+            yield from _rows_of_spectra(measured, epoch, split, target, key)
+
+
+def _rows_of_spectra(
+    measured: Measured, epoch: int, split: str, target: Target, key: str | None
+) -> Iterator[Row]:
+    """In how many directions features vary: the same for each target, beside its errors."""
+    for tap, spectrum in measured.spectra.items():
+        n = int(measured.sums[key][tap]["count"])
+        for metric in SPECTRUM:
+            value = float(getattr(spectrum, metric))
+            yield Row(epoch, measured.step, split, target.name, tap, metric, value, n)
 
 
 def rows_of_batches(

@@ -27,6 +27,7 @@ from keras_probes.probes.resolve import (
     expected_tasks,
     resolve_targets,
 )
+from keras_probes.probes.spectrum import SPECTRUM
 from keras_probes.probes.targets import RandomTarget, Target
 from keras_probes.probes.tasks.task import MISSING, WRONG, Task
 from keras_probes.results.schema import Refit, name_of_baseline
@@ -475,12 +476,13 @@ class OnlineProbes:
         tasks = {k: task for s in self._snapshots for k, task in s.probes.tasks_in_units().items()}
         return {t.key: dataclasses.replace(t, task=tasks[t.key]) for t in self.targets}
 
-    def end_pass(self, kind: Kind, progress: Progress) -> Measured:
+    def end_pass(self, kind: Kind, progress: Progress, last: bool = False) -> Measured:
         """Ends an epoch of training, and refits the probes, or ends an evaluation.
 
         Args:
             kind: Which of the two.
             progress: Takes what is going on, in words.
+            last: Whether the fit ends with it, as far as is known.
 
         Returns:
             What was measured.
@@ -499,7 +501,8 @@ class OnlineProbes:
             # Those of the steps in which the probes took part stand for the others.
             steps = self._step + 1
             of_epoch = round(examples * steps / math.ceil(steps / self._every))
-            refit = self._refitter.refit(of_epoch, self._snapshots, progress)
+            spectra = last or not set(SPECTRUM).isdisjoint(self._settings.metrics)
+            refit = self._refitter.refit(of_epoch, self._snapshots, progress, spectra)
         probes = [snapshot.probes for snapshot in self._snapshots]
         by_target = {target: each for each in probes for target in each.targets}
         return Measured(
@@ -512,6 +515,7 @@ class OnlineProbes:
             counts={t: each.tally(kind, t) for t, each in by_target.items()},
             pairs={t: m for each in probes if kind == "test" for t, m in each.pairs().items()},
             refit=refit,
+            spectra=dict(self.probes.spectra) if kind == "train" else {},
         )
 
     def _check_memory(self) -> None:
@@ -550,7 +554,8 @@ def mebibytes(size: float) -> str:
 
 def _check_metrics(metrics: Sequence[str], targets: Sequence[Target]) -> None:
     """Refuses a metric that no target can be measured by."""
-    known = dict.fromkeys(metric for target in targets for metric in target.task.measurable)
+    of_tasks = (metric for target in targets for metric in target.task.measurable)
+    known = dict.fromkeys((*of_tasks, *SPECTRUM))
     for metric in metrics:
         if metric not in known:
             raise ValueError(

@@ -104,13 +104,16 @@ class Refitter:
         features = len(snapshots) * sum(snapshots[0].plan.n_features.values())
         self._sample.add(step, batches, 4 * features)
 
-    def refit(self, examples: int, snapshots: Sequence[Snapshot], progress: Progress) -> Refit:
+    def refit(
+        self, examples: int, snapshots: Sequence[Snapshot], progress: Progress, spectra: bool
+    ) -> Refit:
         """Refits all probes.
 
         Args:
             examples: Number of examples of the epoch.
             snapshots: The probes.
             progress: Takes what is going on, in words.
+            spectra: Whether to find in how many directions features vary.
 
         Returns:
             What became of it.
@@ -129,6 +132,7 @@ class Refitter:
                 snapshot.probes.refit(
                     features, labels, weights, kept=min(1.0, n / max(examples, 1)), passes=passes,
                     epoch=self._epoch, seed=self._seed, progress=progress,
+                    spectra=spectra and snapshot is snapshots[0],
                 )  # fmt: skip
                 found = snapshot.probes.certificates("test")
                 missing = {tap for t in labels for tap in features if (t, tap) not in found}

@@ -135,6 +135,10 @@ class Standardize(keras.layers.Layer):
             _put(self.reach, span, tf.sqrt(tf.reduce_max(squares, axis=0)))
         return away * self.scale()[span]
 
+    def unscaled(self, group: int, place: int, z: tf.Tensor) -> tf.Tensor:
+        """Centred features of a tap in their own units, of its z; 0 where they do not vary."""
+        return tf.math.divide_no_nan(z, self.scale()[self._span(group, place)])
+
     def of_tap(self, group: int, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and scale of one tap's features, float32, shape (n_features,)."""
         span = self._span(group, place)

@@ -19,6 +19,7 @@ import tensorflow as tf
 from keras_probes.probes.heads import SAME, LinearHeads, Standardize, averaging_rate
 from keras_probes.probes.refit import NARROW, refit
 from keras_probes.probes.replicas import sum_over_replicas
+from keras_probes.probes.spectrum import Spectrum
 from keras_probes.probes.spread import LARGEST
 from keras_probes.probes.tasks.task import Task
 
@@ -120,6 +121,8 @@ class ProbeSet:
             )
             for target in (tasks if len(self.taps) <= MOST_PAIRED else ())
         }
+        # In how many directions features vary, by tap, as the last refit found if it was to.
+        self.spectra: dict[str, Spectrum] = {}
         self.optimizer.build(self._trainable())
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             # What it gets are sums over the replicas already.
@@ -221,6 +224,7 @@ class ProbeSet:
         passes: int,
         epoch: int = 0,
         seed: int = 0,
+        spectra: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         """Takes every probe to its optimum on a sample, as far as the passes allow.
@@ -236,14 +240,19 @@ class ProbeSet:
             passes: About how many passes over the sample to take for each probe.
             epoch: Its number.
             seed: Seed of what is drawn.
+            spectra: Whether to find in how many directions features vary.
             progress: Takes what is going on, in words.
         """
+        self.spectra.clear()
         found: dict[tuple[str | None, str], tuple[float, float]] = {}
         labels = self._standardised(labels)
         total = len(self.targets) * len(self.taps)
         options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed}
         for width, stack in self._stacks(len(next(iter(features.values())))):
             sampled = [self._sampled(*at, features[self._tap(*at)]) for at in stack]
+            if spectra:
+                for at, (z, _) in zip(stack, sampled, strict=True):
+                    self.spectra[self._tap(*at)] = Spectrum.of(self._standardize.unscaled(*at, z))
             z = tf.stack([_wide(z, width) for z, _ in sampled])
             finite = tf.stack([counted for _, counted in sampled])
             for target, task in self.tasks.items():

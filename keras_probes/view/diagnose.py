@@ -27,6 +27,7 @@ ALPHA = 0.05
 MARGIN = 0.02  # of error: what is no difference to speak of
 GUESSES = 0.05  # of error, below that of the majority class: what is known to be less is a guess
 OVERFITTED = 0.05  # of error, between training and validation
+COLLAPSED = 0.1  # of the rank of the best layer before
 SHORTEST = {"dead": 2, "plateau": 3}  # segments, in taps
 FEWEST = 5  # taps of a trunk whose trend is looked at
 DRAWS = 2000
@@ -359,6 +360,41 @@ def _not_finite(m: _Measures) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _collapsed(m: _Measures) -> Iterator[Finding]:
+    """KP010: layers that are worse since their features vary in few directions only."""
+    ranks = {tap: row.value for tap, row in m.results.latest("rank", m.target).items()}
+    trunk = [tap for tap in _long_enough(m, 2) if tap in ranks]
+    if len(trunk) < 2:
+        raise NotApplicableError("the rank of the features was not measured")
+    best_before = {tap: min(trunk[:place], key=m.error) for place, tap in enumerate(trunk) if place}
+    lost = _holm({tap: m.above(tap, before) for tap, before in best_before.items()})
+    for segment in _runs(trunk, lambda tap: tap in lost):
+        before, worst = best_before[segment[0]], max(segment, key=m.error)
+        least = min(segment, key=ranks.__getitem__)
+        rank, of_before = ranks[least], ranks[before]
+        numbers = {"rank": rank, "rank_before": of_before, "error": m.error(worst),
+                   "error_before": m.error(before)}  # fmt: skip
+        text = (
+            f"From {segment[0]!r} to {segment[-1]!r} the error is up to {m.error(worst):.3f}, "
+            f"after {m.error(before):.3f} at {before!r}. The effective rank of the features is down to "
+            f"{rank:.1f} at {least!r}, after {of_before:.1f}"
+        )
+        if rank < max(2.0, COLLAPSED * of_before):
+            yield Finding(
+                "KP010", "Collapsed features", "problem", tuple(segment), numbers, text + ".",
+                "The examples look alike there: what told them apart is gone, and no later layer "
+                "brings it back. Look for saturated activations, a bottleneck, or a learning rate "
+                "too high.",
+            )  # fmt: skip
+        else:
+            yield Finding(
+                "KP010", "Features vary, but tell less to a linear probe", "note", tuple(segment),
+                numbers, text + ".",
+                "The layer has not collapsed: what it knows may be there in a form that no linear "
+                "probe reads. Look at the layers after it.",
+            )  # fmt: skip
+
+
 CHECKS: dict[str, Callable[[_Measures], Iterator[Finding]]] = {
     "KP001": _dead_segment,
     "KP002": _rises,
@@ -369,6 +405,7 @@ CHECKS: dict[str, Callable[[_Measures], Iterator[Finding]]] = {
     "KP007": _auxiliary_head,
     "KP008": _not_monotonic,
     "KP009": _not_finite,
+    "KP010": _collapsed,
 }
 
 

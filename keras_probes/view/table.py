@@ -19,7 +19,8 @@ CONVERGED = 1e-2  # nats; of a probe that trained online
 BAR = 30  # characters
 MOST_BARS = 40
 MOST_LEFT_OUT = 8
-ONCE = ("l2", "converged", "code_length")  # metrics that a probe has once
+# Metrics that a probe has once, or that are no measure of its answers.
+ONCE = ("l2", "converged", "code_length", "rank", "directions")
 _AS_TEXT: dict[str, Any] = {
     "float_format": "{:.4f}".format,
     "formatters": {"l2": "{:.0e}".format, "certificate": "{:.0e}".format},
@@ -139,14 +140,17 @@ def first_metric(results: ProbeResults) -> str:
 
 
 def _without_features(results: ProbeResults, target: str | None) -> str:
-    """What the measure in the table comes to for who sees no feature, as a sentence."""
+    """What the measure in the table comes to without features, as a sentence."""
     metric = first_metric(results)
     last = next(
         r
         for r in reversed(results.rows)
         if (r.target, r.metric, r.baseline) == (target, metric, None)
     )
-    return (
-        f"{last.split} {metric} without features: {last.majority:.4f} by class frequencies, "
-        f"{last.chance:.4f} by chance"
-    )
+    guesses = (f"{last.majority:.4f} by the training labels alone", f"{last.chance:.4f} by chance")
+    known = [
+        text
+        for text, value in zip(guesses, (last.majority, last.chance), strict=True)
+        if not math.isnan(value)
+    ]
+    return f"{last.split} {metric} without features: {', '.join(known) or 'not known'}"

@@ -194,8 +194,10 @@ def test_rows_tell_what_a_guess_comes_to(refitted_and_not, digits):
         assert errors.loc["train", "majority"] == pytest.approx(np.mean(y != most))
         assert errors.loc["validation", "majority"] == pytest.approx(np.mean(yv != most))
         assert (errors["chance"] == 0.9).all()
-        assert f"{np.mean(yv != most):.4f} by class frequencies, 0.9000 by chance" in str(results)
-        assert "by class frequencies" in results._repr_html_()
+        assert f"{np.mean(yv != most):.4f} by the training labels alone, 0.9000 by chance" in str(
+            results
+        )
+        assert "by the training labels alone" in results._repr_html_()
 
 
 def test_the_code_length_is_of_the_first_pass(digits):
@@ -524,7 +526,7 @@ def test_a_control_tells_what_is_known_by_heart(digits, tmp_path):
     assert history["val_probe_shuffled_error/input"][-1] > 0.8
     assert history["probe_shuffled_error/input"][-1] < 0.8  # 64 features of 320 examples
     assert history["probe_shuffled_error/pool"][-1] > 0.75  # 6 features
-    assert str(probes.results).count("by class frequencies") == 1  # no table of its own
+    assert str(probes.results).count("by the training labels alone") == 1  # no table of its own
     of_random = probes.results.measured(split="train", baseline="shuffled")
     assert of_random["value"]["pool"] > 0.75
 
@@ -584,7 +586,7 @@ def test_what_the_first_weights_give_away(digits, tmp_path, mode):
     for split, prefix in (("train", ""), ("validation", "val_")):
         expected = history[f"{prefix}probe_initial_error/dense"][-1]
         assert table.loc["dense", f"{split} initial"] == expected
-    assert str(probes.results).count("by class frequencies") == 1  # no table of its own
+    assert str(probes.results).count("by the training labels alone") == 1  # no table of its own
 
     probes.save(tmp_path / "probes")
     loaded = LinearProbeCallback.load(tmp_path / "probes")

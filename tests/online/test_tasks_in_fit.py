@@ -235,3 +235,26 @@ def test_several_questions_of_one_host():
     assert probes.results.measured("mse", target="number")["value"]["hidden"] > 0
     offline = probes.refit((x, y), l2=1e-3, verbose=False)
     assert set(offline.targets) == {"number", "high", "signs"}
+
+
+@pytest.mark.parametrize("metrics", [("error",), ("error", "rank", "directions")])
+def test_in_how_many_directions_features_vary(metrics, tmp_path):
+    (x, y), validation = data("regression")
+    model = host(*CASES["regression"])
+    probes = LinearProbeCallback(["input", "hidden"], metrics=metrics, refit=1e3)
+    history = model.fit(x, y, 32, 2, validation_data=validation, callbacks=[probes], verbose=0)
+    hidden = keras.Model(model.inputs, model.get_layer("hidden").output).predict(x, verbose=0)
+    table = probes.results.table()
+    for tap, features in (("input", x), ("hidden", hidden)):
+        singular = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
+        p = singular[singular > 1e-3 * singular[0]] / singular.sum()
+        rank = np.exp(-np.sum(p * np.log(p)))
+        assert table.loc[tap, "rank"] == pytest.approx(rank, rel=0.02)
+        asked = "rank" in metrics
+        assert (f"probe_rank/{tap}" in history.history) == asked
+        if asked:
+            assert history.history[f"probe_rank/{tap}"][-1] == table.loc[tap, "rank"]
+            held = np.cumsum(singular**2) / np.sum(singular**2)
+            assert table.loc[tap, "directions"] == np.flatnonzero(held >= 0.99)[0] + 1
+    offline = probes.refit((x, y), validation=None, test=None, l2=1e-3, verbose=False).table()
+    np.testing.assert_allclose(offline["rank"], table["rank"], rtol=0.02)

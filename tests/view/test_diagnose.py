@@ -169,6 +169,32 @@ def test_an_error_that_does_not_fall():
     assert "KP008" in diagnose(results_of({"input": 0.4, "a": 0.3})).not_applicable
 
 
+def with_ranks(errors, ranks):
+    results = results_of(errors)
+    last = results.rows[-1]
+    results.add(
+        dataclasses.replace(last, tap=tap, metric="rank", split="train", value=float(rank))
+        for tap, rank in ranks.items()
+    )
+    return results
+
+
+def test_a_collapsed_layer_is_told_from_one_that_is_not_linear():
+    errors = {"input": 0.4, "a": 0.2, "b": 0.6, "c": 0.6}
+    ranks = {"input": 50, "a": 40, "b": 3, "c": 1.2}
+    (finding,) = [f for f in diagnose(with_ranks(errors, ranks)) if f.code == "KP010"]
+    assert (finding.severity, finding.taps) == ("problem", ("b", "c"))
+    assert finding.numbers["rank"] == 1.2
+    (finding,) = [
+        f for f in diagnose(with_ranks(errors, {**ranks, "b": 30, "c": 35})) if f.code == "KP010"
+    ]
+    assert finding.severity == "note"
+    # A good classifier's head has few directions, and a low error.
+    healthy = {tap: 60 - 10 * place for place, tap in enumerate(HEALTHY)}
+    assert "KP010" not in codes(with_ranks(HEALTHY, {**healthy, "layer5": 1.5}))
+    assert "KP010" in diagnose(results_of(HEALTHY)).not_applicable
+
+
 def test_the_worst_come_first_and_each_has_its_numbers():
     found = diagnose(results_of(BYPASSED, inputs=SKIP))
     assert [f.severity for f in found] == sorted(

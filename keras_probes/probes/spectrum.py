@@ -1,0 +1,52 @@
+"""In how many directions features vary: the effective rank, and what holds nearly all variance.
+
+In: centred features, or their second moments. Out: two numbers for a tap.
+
+The effective rank is the exponential of the entropy of the singular values (Roy & Vetterli 2007),
+as RankMe has it (Garrido et al. 2023); the number of directions that hold 99% of the variance is
+what layer saturation is made of (Shenk et al. 2019). Neither can be more than the number of
+examples or of features. No feature is scaled: both are of the features as the host made them.
+"""
+
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+HELD = 0.99  # of the variance
+SPECTRUM = ("rank", "directions")  # what is measured of a tap's features, whatever the task
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """In how many directions the features of a tap vary.
+
+    Attributes:
+        rank: The effective rank, 1 at least; 0 of features that do not vary.
+        directions: Number of directions that hold 99% of the variance.
+    """
+
+    rank: float
+    directions: int
+
+    @classmethod
+    def of(cls, centred: tf.Tensor) -> "Spectrum":
+        """Of centred features, float32, shape (n, n_features)."""
+        wide = centred.shape[1] > centred.shape[0]
+        return cls.of_moments(tf.matmul(centred, centred, transpose_a=not wide, transpose_b=wide))
+
+    @classmethod
+    def of_moments(cls, moments: tf.Tensor) -> "Spectrum":
+        """Of their second moments, shape (n_features, n_features), or products of examples."""
+        # By TensorFlow, whose threads don't wait busily beside those of the host.
+        values = tf.linalg.eigvalsh(moments).numpy().astype("float64")[::-1]
+        # Below that, float32 does not distinguish one from none.
+        values = np.where(values > 1e-6 * len(values) ** 0.5 * values[0], values, 0.0)
+        if not values[0] > 0:
+            return cls(0.0, 0)
+        shares = np.sqrt(values[values > 0])
+        shares /= shares.sum()
+        held = np.cumsum(values) / values.sum()
+        return cls(
+            float(np.exp(-np.sum(shares * np.log(shares)))), int(np.argmax(held >= HELD)) + 1
+        )
