@@ -30,7 +30,7 @@ from keras_probes.online.probes import OnlineProbes, mebibytes
 from keras_probes.online.settings import Settings
 from keras_probes.online.waiting import waiting
 from keras_probes.probes.probe_set import Sums
-from keras_probes.probes.resolve import named_targets
+from keras_probes.probes.resolve import POSITIONS, named_targets
 from keras_probes.probes.spectrum import SPECTRUM
 from keras_probes.probes.tasks import METRICS, TASKS
 from keras_probes.results.record import ProbeResults
@@ -90,8 +90,11 @@ class LinearProbeCallback(keras.callbacks.Callback):
             and the `ignore_class` of the model's loss stand for a missing label.
         task: What kind of labels these are: `"classification"`: one class for each example;
             `"multilabel"`: 0 or 1 for each of several labels, shape (batch, labels);
-            `"regression"`: numbers, shape (batch,) or (batch, numbers). Or a mapping from target
-            names to these. Inferred from the labels, the model's output and its loss.
+            `"regression"`: numbers, shape (batch,) or (batch, numbers); `"positions"`: a class at
+            each position, shape (batch, steps) or (batch, height, width). Or a mapping from target
+            names to these. Inferred from the labels, the model's output and its loss; labels of the
+            positions of an output may be of any task. Of an example up to 64 positions are used,
+            drawn by seed; of a layer on a coarser grid, the cell that each falls into.
         num_classes: Number of classes, or a mapping from target names to it. Inferred where labels
             are one-hot or arrays, and where the model's loss is a cross-entropy over an output.
         sample_weight: A function (x, y, sample_weight) -> weights of the examples, shape (batch,),
@@ -190,7 +193,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         for metric in metrics:
             _one_of("metrics", metric, (*METRICS, *SPECTRUM))
         for name in task.values() if isinstance(task, Mapping) else (task,):
-            _one_of("task", name, (None, *TASKS))
+            _one_of("task", name, (None, *TASKS, POSITIONS))
         if isinstance(baselines, str):
             raise ValueError(
                 f"Expected `baselines` to be a sequence. Received: baselines={baselines!r}."

@@ -706,6 +706,7 @@ def test_results_know_what_was_asked_and_by_which_versions(digits, tmp_path):
         "target": "digit: None, odd: "
         "test_results_know_what_was_asked_and_by_which_versions.<locals>.<lambda>",
         "num_classes": "odd: 2",
+        "metrics": "error, loss",
         "every": "auto",
         "seed": 0,
         "refit": 0.1,

@@ -7,6 +7,7 @@ its own.
 
 import contextlib
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -293,9 +294,15 @@ def _layers(observers: Iterable[Observer]) -> list[keras.Operation]:
     return list(dict.fromkeys(layer for observer in observers for layer in observer.layers()))
 
 
-def _in_parts(arrays: Any, rows: int = 2**16) -> Iterator[Any]:
-    """Slices of a structure of arrays and `None`, so that a look at them needs little memory."""
+def _in_parts(arrays: Any, numbers: int = 2**22) -> Iterator[Any]:
+    """Slices of a structure of arrays and `None`, so that a look at them needs little memory.
+
+    Args:
+        arrays: The structure.
+        numbers: How many numbers a slice has at most.
+    """
     some = [array for array in keras.tree.flatten(arrays) if array is not None]
+    rows = max(1, numbers // max(math.prod(array.shape[1:]) for array in some))
     for start in range(0, max(map(len, some)), rows):
         part = slice(start, start + rows)
         yield keras.tree.map_structure(lambda of, at=part: None if of is None else of[at], arrays)

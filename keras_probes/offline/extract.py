@@ -27,7 +27,7 @@ from keras_probes.probes.tasks.task import WRONG
 from keras_probes.results.schema import versions
 from keras_probes.taps.batches import arrays_of, batches_of, examples_in
 from keras_probes.taps.plan import TapPlan, make_plan
-from keras_probes.taps.reduce import RandomFeatures, Reduce
+from keras_probes.taps.reduce import AtPositions, RandomFeatures, Reduce
 from keras_probes.taps.select import Selector
 
 # About so many rows a chunk: few enough to lose little in a crash, enough to read fast.
@@ -99,17 +99,19 @@ def extract_features(
         num_classes = len(class_names)
     evidence = Evidence(plan.graph.outputs, getattr(model, "loss", None), _labels_at_hand(data))
     targets = resolve_targets(
-        target, num_classes, x_spec, y_spec, evidence, task=task, weigh=sample_weight
+        target, num_classes, x_spec, y_spec, evidence, task=task, weigh=sample_weight, seed=seed
     )
+    plan, rows_each = _plan_at_positions(plan, targets, layers, reduce, seed)
     forward = ForwardPass(plan, targets, batches.spec, dtype)
     iterator = iter(batches.dataset)
     first = next(iterator, None)
     if first is None:
         raise ValueError("The data are empty. Expected at least one example.")
-    size = examples_in(first)
+    size = examples_in(first) * rows_each
     manifest = {
         "format": FORMAT,
-        "rows": batches.rows,
+        "rows": None if batches.rows is None else batches.rows * rows_each,
+        "rows_per_example": rows_each,
         "chunk_rows": size * math.ceil(CHUNK_ROWS / size),
         "dtype": dtype,
         "taps": [dataclasses.asdict(tap) for tap in plan.tap_infos()],
@@ -132,11 +134,33 @@ def extract_features(
     store = FeatureStore.create(path, json.loads(json.dumps(manifest)), _subsets(plan))
     with _progress(batches.rows, verbose) as progress, _Writer(store, worker) as writer:
         for batch in itertools.chain([first], iterator):
-            parts = forward(batch) if writer.wants(examples_in(batch)) else forward.labels(batch)
+            wanted = writer.wants(examples_in(batch) * rows_each)
+            parts = forward(batch) if wanted else forward.labels(batch)
             writer.add(_checked(parts, targets))
             progress.update(examples_in(batch))
     store.finish(writer.rows)
     return FeatureStore(path)
+
+
+def _plan_at_positions(
+    plan: TapPlan, targets: list[Target], layers: Selector, reduce: Reduce, seed: int
+) -> tuple[TapPlan, int]:
+    """Those taps that have positions, where the labels are of these.
+
+    Returns:
+        The plan, and how many labels, and so rows, an example has.
+    """
+    found = {target.positions for target in targets}
+    if found == {None}:
+        return plan, 1
+    first = targets[0].positions
+    if len(found) > 1 or first is None:
+        raise ValueError(
+            "Expected the labels of all targets to be of examples, or all of positions of one "
+            "grid. Received: others. Extract them into a store for each."
+        )
+    made = make_plan(plan.host, plan.input_spec, layers, reduce, seed, plan.prefix, first.axes)
+    return made, first.per_example
 
 
 def _checked(parts: dict[ArrayName, tf.Tensor], targets: list[Target]) -> Rows:
@@ -264,7 +288,7 @@ def _subsets(plan: TapPlan) -> dict[str | None, np.ndarray]:
     return {
         t.tap.name: t.reduction.indices.numpy()
         for t in plan.taps
-        if isinstance(t.reduction, RandomFeatures)
+        if isinstance(t.reduction, (RandomFeatures, AtPositions))
     }
 
 

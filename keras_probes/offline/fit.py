@@ -26,7 +26,15 @@ from keras_probes.probes.spectrum import SPECTRUM, Spectrum
 from keras_probes.probes.spread import LARGEST, inverse_spread
 from keras_probes.probes.tasks.task import Task
 from keras_probes.results.record import ProbeResults
-from keras_probes.results.schema import Details, Node, Pairs, Probe, Row, versions
+from keras_probes.results.schema import (
+    Details,
+    Node,
+    Pairs,
+    Probe,
+    Row,
+    interval_of_mean,
+    versions,
+)
 
 PATH_TOL = 1e-3  # nats; enough to compare validation losses
 SPECTRUM_ROWS = 25_600  # about so many tell in how many directions features vary
@@ -133,9 +141,12 @@ def fit_probes(
                     progress.write(probe.summary())
     for (target, split), of_taps in errors.items():
         if len(of_taps) <= MOST_PAIRED:
-            of_each = np.stack(of_taps)
-            counts = np.isfinite(of_each).astype("float32")
-            moments = pair_moments(tf.constant(np.nan_to_num(of_each)), tf.constant(counts))
+            shape = (len(of_taps), -1, store.rows_per_example)
+            of_rows = np.stack(of_taps).reshape(shape)
+            n = np.isfinite(of_rows).sum(axis=2)
+            of_each = np.nansum(of_rows, axis=2) / np.maximum(n, 1)
+            counts = (n > 0).astype("float32")
+            moments = pair_moments(tf.constant(of_each.astype("float32")), tf.constant(counts))
             results.pairs[target, None, split] = Pairs(0, tuple(chosen), moments.numpy())
     for (target, split), by_tap in details.items():
         results.details[target, None, split] = Details(0, by_tap)
@@ -208,7 +219,10 @@ def _splits(
     seed: int,
 ) -> dict[Split, _Rows]:
     store.check_complete()
-    order = np.random.default_rng(seed).permutation(len(store))
+    each = store.rows_per_example
+    # Rows of one example stay together: they tell of each other.
+    examples = np.random.default_rng(seed).permutation(len(store) // each)
+    order = (examples[:, None] * each + np.arange(each)).ravel()
     given: tuple[tuple[Split, Any], ...] = (("validation", validation), ("test", test))
     splits: dict[Split, _Rows] = {}
     for name, wanted in given:
@@ -226,7 +240,7 @@ def _splits(
                     f"Expected `{name}` to be a feature store, a fraction between 0 and 1, or "
                     f"None. Received: {name}={wanted!r}."
                 )
-            count = max(1, round(wanted * len(store)))
+            count = each * max(1, round(wanted * len(store) / each))
             splits[name] = _Rows(store, np.sort(order[:count]))
             order = order[count:]
     if not len(order):
@@ -282,9 +296,10 @@ class _Features:
     def rows_of_spectrum(self, target: str | None) -> Iterator[Row]:
         """That as measures, which stand beside those of a target."""
         n = int(self.finite["train"].sum())
+        left_out = len(self.finite["train"]) - n
         for metric in SPECTRUM if self.spectrum is not None else ():
             value = float(getattr(self.spectrum, metric))
-            yield Row(0, 0, "train", target, self.tap, metric, value, n)
+            yield Row(0, 0, "train", target, self.tap, metric, value, n, nonfinite=left_out)
 
     def _read(self, split: Split) -> Iterator[tuple[tf.Tensor, slice]]:
         mean, scale = self.mean.astype("float32"), self.scale.astype("float32")
@@ -364,6 +379,7 @@ class _TapFit:
         tol: float,
         max_passes: int,
     ):
+        self._together = features.splits["train"].store.rows_per_example
         task = task.of_all().measuring(task.measurable)
         self._features, self._target = features, target
         raw = {split: rows.labels(target) for split, rows in features.splits.items()}
@@ -475,7 +491,7 @@ class _TapFit:
                 if metric in of_split:
                     tallies = self._tallies["train"], self._tallies[split]
                     majority, chance = task.guesses(metric, *tallies)
-                    low, high = task.interval(metric, value, sums)
+                    low, high = self._interval(split, metric, value)
                 rows.append(
                     Row(
                         epoch=0,
@@ -497,6 +513,17 @@ class _TapFit:
                     )
                 )
         return rows
+
+    def _interval(self, split: Split, metric: str, value: float) -> tuple[float, float]:
+        """That of the task, or where labels are of positions, by how much examples vary."""
+        if self._together == 1:
+            return self._task.interval(metric, value, self._sums[split])
+        if metric != "error":
+            return math.nan, math.nan
+        errors = self.errors[split].reshape(-1, self._together).astype("float64")
+        of_examples = np.nanmean(errors[np.isfinite(errors).any(axis=1)], axis=1)
+        totals = of_examples.sum(), np.sum(of_examples**2)
+        return interval_of_mean(value, len(of_examples), *totals)
 
     def _labelled(self, split: Split) -> np.ndarray:
         """Which examples have a label: float32, 0 or 1."""

@@ -30,7 +30,10 @@ _ON_DISK = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 _FILL = {"float32": np.nan, "float16": np.nan, "uint16": 0x7FC0, "int32": -1}
 
 # What must be the same to go on with a store; names of models are given by order of creation.
-_IDENTITY = ("host", "first_example", "rows", "taps", "reductions", "targets", "weighted", "dtype")
+_IDENTITY = (
+    "host", "first_example", "rows", "rows_per_example", "taps", "reductions", "targets",
+    "weighted", "dtype",
+)  # fmt: skip
 
 # A chunk of nothing but NaN is written like any other.
 _WRITE = {"write_empty_chunks": True}
@@ -106,6 +109,11 @@ class FeatureStore:
     def __len__(self) -> int:
         """Number of rows, one for each example; 0 as long as it is not known."""
         return self.manifest["rows"] or 0
+
+    @property
+    def rows_per_example(self) -> int:
+        """How many rows in a row are of one example: its positions, where labels are of these."""
+        return self.manifest["rows_per_example"]
 
     @property
     def chunk_rows(self) -> int:
@@ -396,7 +404,7 @@ def _of_today(manifest: Mapping[str, Any]) -> dict[str, Any]:
         for t in manifest["targets"]
         if of_first
     ]
-    return {**manifest, **({"targets": targets} if of_first else {})}
+    return {"rows_per_example": 1, **manifest, **({"targets": targets} if of_first else {})}
 
 
 def _zarr() -> Any:

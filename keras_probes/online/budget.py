@@ -35,11 +35,13 @@ class Costs:
         work: Multiplications of a forward pass of the host, for one example.
         passes: Number of forward passes that probes need: one for each state of the host.
         sizes: Of all probes.
+        rows: Number of labels of an example, each with features of its own.
     """
 
     work: int
     passes: int
     sizes: Sizes
+    rows: int = 1
 
     def of_host(self, examples: float) -> float:
         """The host's own training on so many examples: forward, and twice that back."""
@@ -58,7 +60,8 @@ class Costs:
         features = sum(features for features, _ in self.sizes)
         parameters = sum(parameters_of(*size) for size in self.sizes)
         step = (
-            STEP_COST * features * examples + (PARAMETER_COST * parameters + STEP_CALLS) * batches
+            STEP_COST * features * examples * self.rows
+            + (PARAMETER_COST * parameters + STEP_CALLS) * batches
         )
         allowed = max(STEPS_SHARE * self.of_host(examples), MIN_STEPS / max(steps, 1))
         return min(math.ceil(step / allowed), MAX_EVERY)
@@ -71,7 +74,8 @@ class Costs:
             examples: Number of examples that the host trained on.
             available: Number of examples that are there to refit on.
         """
-        once = self.work * self.passes + sum(prepare_cost(features) for features, _ in self.sizes)
+        prepared = self.rows * sum(prepare_cost(features) for features, _ in self.sizes)
+        once = self.work * self.passes + prepared
         budget = max(share * self.of_host(examples), MIN_REFIT)
         too_many = bisect.bisect_right(
             range(available + 1), budget,
@@ -82,4 +86,4 @@ class Costs:
 
     def _of_pass(self, n: int) -> int:
         """A pass of the solver over n examples, for all probes."""
-        return sum(pass_cost(n, *size) for size in self.sizes)
+        return sum(pass_cost(n * self.rows, *size) for size in self.sizes)

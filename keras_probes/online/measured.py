@@ -13,7 +13,7 @@ import numpy as np
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.spectrum import SPECTRUM, Spectrum
 from keras_probes.probes.targets import Target
-from keras_probes.results.schema import Refit, Row
+from keras_probes.results.schema import Refit, Row, interval_of_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,11 @@ def rows_of(
         asked = [metric for metric in metrics if metric in task.measurable]
         for metric in (*asked, *(task.first_pass if measured.first_pass else ())):
             majority, chance = task.guesses(metric, measured.known[key], measured.counts[key])
-            for tap, row in by_tap.items():
+            for place, (tap, row) in enumerate(by_tap.items()):
                 value = task.measure(metric, row)
                 low, high = task.interval(metric, value, row)
+                if target.positions is not None:  # of which those of an example go together
+                    low, high = _interval_of_examples(metric, value, measured.pairs.get(key), place)
                 yield Row(
                     epoch=epoch,
                     step=measured.step,
@@ -103,15 +105,27 @@ def rows_of(
             yield from _rows_of_spectra(measured, epoch, split, target, key)
 
 
+def _interval_of_examples(
+    metric: str, value: float, moments: np.ndarray | None, place: int
+) -> tuple[float, float]:
+    """The interval of a tap's error, by `Pairs.moments`; NaN of other metrics."""
+    if metric != "error" or moments is None:
+        return math.nan, math.nan
+    size = len(moments) // 3
+    return interval_of_mean(value, *(moments[k * size + place, place] for k in range(3)))
+
+
 def _rows_of_spectra(
     measured: Measured, epoch: int, split: str, target: Target, key: str | None
 ) -> Iterator[Row]:
     """In how many directions features vary: the same for each target, beside its errors."""
     for tap, spectrum in measured.spectra.items():
-        n = int(measured.sums[key][tap]["count"])
+        n, left_out = (int(measured.sums[key][tap][name]) for name in ("count", "nonfinite"))
         for metric in SPECTRUM:
             value = float(getattr(spectrum, metric))
-            yield Row(epoch, measured.step, split, target.name, tap, metric, value, n)
+            yield Row(
+                epoch, measured.step, split, target.name, tap, metric, value, n, nonfinite=left_out
+            )
 
 
 def rows_of_batches(

@@ -23,6 +23,7 @@ from keras_probes.online.settings import Settings
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Sums, memory_of, parameters_of
 from keras_probes.probes.resolve import (
+    POSITIONS,
     Evidence,
     expected_tasks,
     resolve_targets,
@@ -45,6 +46,7 @@ _ROWS_UNKNOWN = (
     "with unpack=function, it can't be told whether that has the same examples in the same order, "
     'as labels need it. If not, use mode="isolated".'
 )
+ENOUGH = 1024  # examples, whose positions tell whether labels can be learned
 _NO_STEP = (
     "No batch of this epoch reached the probes: the model's own train_function does not call its "
     'train_step. Use mode="isolated".'
@@ -126,6 +128,8 @@ class OnlineProbes:
         """`task` and `num_classes` as they turned out, as the callback takes them; once `built`."""
         tasks = {target.name: target.task for target in self.targets if not target.baseline}
         names = {name: task.name for name, task in tasks.items()}
+        if self.targets[0].positions is not None:  # the shape of the labels says so again
+            names = {n: POSITIONS if of == "classification" else of for n, of in names.items()}
         counts = {n: task.outputs for n, task in tasks.items() if task.name == "classification"}
         if None in tasks:
             return {"task": names[None], "num_classes": counts.get(None)}
@@ -153,6 +157,11 @@ class OnlineProbes:
 
     def model(self) -> keras.Model:
         """The sibling Keras model: the host's tensors by tap name -> probabilities."""
+        if self.targets[0].positions is not None:
+            raise ValueError(
+                "There is no sibling model of probes at positions. probes.refit(data) fits them to "
+                "the finished model, and attach(model) of its results shows them at each position."
+            )
         if self._model is None:
             inputs = self.plan.inputs()
             features = {t.tap.name: t.features(inputs[t.tap.name]) for t in self.plan.taps}
@@ -295,12 +304,13 @@ class OnlineProbes:
             y_spec=y,
             evidence=self._evidence(),
             weigh=wanted.sample_weight,
+            seed=wanted.seed,
             **(self.known if self.built else known),
         )
         targets = [dataclasses.replace(t, task=t.task.measuring(wanted.metrics)) for t in targets]
         _check_metrics(wanted.metrics, targets)
         controls = [
-            RandomTarget(t.name, t.select, t.task, t.weigh, "shuffled")
+            RandomTarget(t.name, t.select, t.task, t.weigh, "shuffled", t.positions)
             for t in targets
             if "shuffled" in wanted.baselines
         ]
@@ -319,6 +329,7 @@ class OnlineProbes:
             self._take_targets(targets)
         else:
             self.targets = targets
+            self._choose_taps_at_positions(x)
             self._check_memory()
             with self.host.distribute_strategy.scope():
                 self._add_snapshot(self.plan, [t for t in targets if t not in initial])
@@ -329,6 +340,21 @@ class OnlineProbes:
                 self._pending = None
         if "train" in (at_hand := self._labels_at_hand()):
             self._look_at_training_labels(at_hand["train"][0])
+
+    def _choose_taps_at_positions(self, input_spec: Any) -> None:
+        """Picks those taps that have positions, where the labels are of these."""
+        axes = {None if t.positions is None else t.positions.axes for t in self.targets}
+        if len(axes) > 1:
+            raise ValueError(
+                "Expected the labels of all targets to be of examples, or all of positions. "
+                "Received: both. Use a callback for each of the two."
+            )
+        if axes != {None}:
+            asked, prefix = self._settings, self.plan.prefix
+            with self.host.distribute_strategy.scope():
+                self._plan = make_plan(
+                    self.probed, input_spec, asked.layers, asked.reduce, asked.seed, prefix, *axes
+                )
 
     def _unpacked_spec(self, data_spec: Any) -> tuple[Any, Any, Any]:
         """The spec of what probes see of a batch."""
@@ -355,6 +381,12 @@ class OnlineProbes:
         labels = [y for y, _ in self._labels_at_hand().values()]
         return Evidence(outputs, getattr(self.host, "loss", None), labels)
 
+    @property
+    def _rows_per_example(self) -> int:
+        """Number of labels of an example."""
+        positions = self.targets[0].positions
+        return 1 if positions is None else positions.per_example
+
     def _labels_at_hand(self) -> dict[str, tuple[Any, Any]]:
         return labels_at_hand(self.host) if self._settings.unpack is None else {}
 
@@ -362,7 +394,10 @@ class OnlineProbes:
         """Refuses labels that no probe can be fitted to, and takes the scale of numbers."""
         for target in self.targets:
             if not target.needs_x:
-                labels, task = target.labels(None, y), target.task
+                some = y
+                if target.positions is not None:
+                    some = keras.tree.map_structure(lambda of: of[:ENOUGH], y)
+                labels, task = target.labels(None, some), target.task
                 state = task.state(labels)
                 tally = task.tally(labels, tf.cast(state == 0, tf.float32)[None])
                 reason = task.untrainable(tally.numpy()[0])
@@ -380,7 +415,7 @@ class OnlineProbes:
     def _add_snapshot(self, plan: TapPlan, targets: list[Target]) -> None:
         tasks = {target.key: target.task for target in targets}
         optimizer = own_optimizer(self._settings.optimizer)
-        probes = ProbeSet(self.plan.n_features, tasks, optimizer)
+        probes = ProbeSet(self.plan.n_features, tasks, optimizer, self._rows_per_example)
         self._snapshots.append(Snapshot(plan, targets, probes))
 
     def check(self, batches: Iterable[Any]) -> None:
@@ -390,7 +425,9 @@ class OnlineProbes:
             x, y, weights = self.unpack(data)
             if x is not None and not all(reduced.tap.by_example for reduced in self.plan.taps):
                 # Before the first step, since an optimised graph may fail elsewhere first.
-                self.plan.check_rows(self.plan.features_of(x), self.targets[0].labels(x, y))
+                places = self.targets[0].places(x, y)
+                labels = self.targets[0].labels(x, y, places)
+                self.plan.check_rows(self.plan.features_of(x, places), labels)
             for target in self.targets:
                 if x is not None or not target.needs_x:
                     labels, _ = target.labels_and_weights(x, y, weights)
@@ -428,11 +465,14 @@ class OnlineProbes:
         x, y, sample_weight = data
         if not self.isolated and not recording.on_x:
             self._look_at_rows(kind, recording, x)
+        places = self.targets[0].places(x, y)
         for snapshot in self._snapshots:
             plan = snapshot.plan
             now = plan is self.plan
-            features = plan.features(recording) if now else plan.features_of(x)
-            pairs = {t.key: t.labels_and_weights(x, y, sample_weight) for t in snapshot.targets}
+            features = plan.features(recording, places) if now else plan.features_of(x, places)
+            pairs = {
+                t.key: t.labels_and_weights(x, y, sample_weight, places) for t in snapshot.targets
+            }
             labels = {name: of_target for name, (of_target, _) in pairs.items()}
             weights = {name: of_target for name, (_, of_target) in pairs.items()}
             for label in labels.values():
@@ -492,7 +532,7 @@ class OnlineProbes:
         for target in self.targets:
             of_tap = next(iter(sums[target.key].values()))
             unlabelled = int(of_tap["unlabelled"])
-            examples = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled
+            examples = int(of_tap["count"] + of_tap["nonfinite"]) + unlabelled  # or positions
             if unlabelled:
                 self._say(target, target.about(unlabelled, examples))
         if kind == "train" and self.steps == self._steps_before:
@@ -500,6 +540,7 @@ class OnlineProbes:
         if kind == "train":
             # Those of the steps in which the probes took part stand for the others.
             steps = self._step + 1
+            examples //= self._rows_per_example
             of_epoch = round(examples * steps / math.ceil(steps / self._every))
             spectra = last or not set(SPECTRUM).isdisjoint(self._settings.metrics)
             refit = self._refitter.refit(of_epoch, self._snapshots, progress, spectra)

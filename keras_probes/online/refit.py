@@ -39,7 +39,8 @@ class Snapshot:
 def costs_of(snapshots: Sequence[Snapshot]) -> Costs:
     """What the host and its probes cost."""
     sizes = [size for snapshot in snapshots for size in snapshot.probes.sizes()]
-    return Costs(snapshots[0].plan.graph.work, len(snapshots), sizes)
+    rows = snapshots[0].probes.rows_per_example
+    return Costs(snapshots[0].plan.graph.work, len(snapshots), sizes, rows)
 
 
 class Refitter:

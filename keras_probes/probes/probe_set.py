@@ -61,6 +61,7 @@ class ProbeSet:
         n_features: Number of features of each tap, in graph order.
         tasks: What each target asks; the key is its name, `None` if it has none.
         optimizer: Keras optimizer for the probes, used by nobody else.
+        rows_per_example: How many rows in a row are of one example: its positions.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class ProbeSet:
         n_features: Mapping[str, int],
         tasks: Mapping[str | None, Task],
         optimizer: keras.optimizers.Optimizer,
+        rows_per_example: int = 1,
     ):
+        self.rows_per_example = rows_per_example
         self.taps = list(n_features)
         self.tasks = dict(tasks)
         self._measuring = {
@@ -247,7 +250,8 @@ class ProbeSet:
         found: dict[tuple[str | None, str], tuple[float, float]] = {}
         labels = self._standardised(labels)
         total = len(self.targets) * len(self.taps)
-        options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed}
+        options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed,
+                   "together": self.rows_per_example}  # fmt: skip
         for width, stack in self._stacks(len(next(iter(features.values())))):
             sampled = [self._sampled(*at, features[self._tap(*at)]) for at in stack]
             if spectra:
@@ -360,7 +364,7 @@ class ProbeSet:
             self._sums[kind, target].assign_add(of_batch[target])
             labelled = tf.cast(task.state(labels[target]) == 0, tf.float32)
             if kind == "test" and target in self._pairs:
-                pairs = pair_moments(errors, finite * labelled)
+                pairs = pair_moments(*self._of_examples(errors, finite * labelled))
                 self._pairs[target].assign_add(sum_over_replicas(pairs))
             tally = task.tally(labels[target], labelled[None])
             self._tallies[kind, target].assign_add(sum_over_replicas(tally[0]))
@@ -394,6 +398,15 @@ class ProbeSet:
                 scale = tf.convert_to_tensor(self._groups[0].heads[target].scale)
                 found[target] = task.standardised(labels[target], scale)
         return found
+
+    def _of_examples(self, errors: tf.Tensor, counts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Mean errors of examples, and which count, of those of their rows: (T, examples)."""
+        if self.rows_per_example == 1:
+            return errors, counts
+        shape = (len(self.taps), -1, self.rows_per_example)
+        n = tf.reduce_sum(tf.reshape(counts, shape), axis=2)
+        total = tf.reduce_sum(tf.reshape(errors * counts, shape), axis=2)
+        return tf.math.divide_no_nan(total, n), tf.cast(n > 0, tf.float32)
 
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
         """Starts a new epoch of training, or a new evaluation."""

@@ -87,6 +87,7 @@ def refit(
     passes: int,
     epoch: int,
     seed: int,
+    together: int = 1,
 ) -> Refit:
     """Takes T probes of one width to their optimum.
 
@@ -102,6 +103,7 @@ def refit(
             `FIRST_PASSES` times as many in the first refit.
         epoch: Number of the epoch: when penalties are looked at, and by which examples.
         seed: Seed of these examples' draw.
+        together: How many rows in a row are of one example, and are held out together.
 
     Returns:
         The `Refit`.
@@ -112,7 +114,8 @@ def refit(
     whole = Problem([(z, labels, weights)], z.shape[2], task)
     penalties, found = l2, begin
     if np.any(l2 == 0) or epoch % SEARCH_EVERY == 0:
-        order = np.random.default_rng((seed, epoch)).permutation(z.shape[1])
+        examples = np.random.default_rng((seed, epoch)).permutation(z.shape[1] // together)
+        order = (examples[:, None] * together + np.arange(together)).ravel()
         penalties, found = _searched(whole, order, begin, l2, passes)
     # The first probes there are come of a few steps, and stand for nothing.
     trust = np.where(l2 > 0, OTHERS * (1.0 - kept), 0.0)

@@ -13,8 +13,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.probes.targets import Select, Target, output_of, pick
+from keras_probes.probes.targets import Positions, Select, Target, output_of, pick
 from keras_probes.probes.tasks import Clues, Task, task_of
+
+POSITIONS = "positions"  # as `task=` has it: a class at each position of an example
+AT_HAND = 100  # examples whose positions are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +54,18 @@ class Evidence:
             return []
         return [np.asarray(pick(select, None, y)) for y in self.labels]
 
+    def output_of(self, select: Select) -> tf.TensorSpec | None:
+        """The output that goes with the labels `select` picks, if there is one."""
+        output = output_of(select, self.outputs)
+        return output if hasattr(output, "shape") else None
+
     def clues(
-        self, name: str | None, select: Select, labels: tf.TensorSpec | None, num_classes: Any
+        self,
+        name: str | None,
+        select: Select,
+        labels: tf.TensorSpec | None,
+        num_classes: Any,
+        axes: int | None = None,
     ) -> Clues:
         """What is known of the labels of a target.
 
@@ -61,15 +74,16 @@ class Evidence:
             select: Which labels these are.
             labels: Their spec; `None` before any data.
             num_classes: As the user gave it; `None` if not.
+            axes: Number of axes of the positions that labels are of, if they are: then what is
+                known is of a position.
         """
-        output = output_of(select, self.outputs)
+        output, values = self.output_of(select), self.labels_of(select)
+        if axes is not None:
+            labels, output = (_of_position(spec, axes) for spec in (labels, output))
+            few = [y[:AT_HAND] for y in values if y.ndim > axes]
+            values = [y.reshape(-1, *y.shape[1 + axes :]) for y in few]
         return Clues(
-            _describe(name, select),
-            labels,
-            output if hasattr(output, "shape") else None,
-            self.loss_of(select),
-            self.labels_of(select),
-            num_classes,
+            _describe(name, select), labels, output, self.loss_of(select), values, num_classes
         )
 
 
@@ -82,6 +96,7 @@ def resolve_targets(
     *,
     task: str | Mapping[str, str] | None = None,
     weigh: Callable[[Any, Any, Any], Any] | None = None,
+    seed: int = 0,
 ) -> list[Target]:
     """Resolves `target=`, `task=` and `num_classes=` against what the data and the host look like.
 
@@ -94,6 +109,7 @@ def resolve_targets(
         evidence: What else is known.
         task: Name of the task, or a mapping from target names to it; `None` infers it.
         weigh: As of `Target`.
+        seed: Seed of the positions that are drawn of an example.
 
     Returns:
         The targets, each with its task.
@@ -112,16 +128,20 @@ def resolve_targets(
             )
     for name, select in named.items():
         labels = _label_spec(name, select, x_spec, y_spec)
-        _refuse_positions(name, select, labels, evidence)
-        clues = evidence.clues(name, select, labels, _given(num_classes, name))
-        found = task_of(clues, _given(task, name))
+        asked = _given(task, name)
+        axes = _axes_of_positions(
+            _describe(name, select), labels, evidence.output_of(select), asked
+        )
+        clues = evidence.clues(name, select, labels, _given(num_classes, name), axes)
+        found = task_of(clues, None if asked == POSITIONS else asked)
         if found is None:
             raise ValueError(
                 f"The number of classes of {clues.what} is not known: its labels are "
                 "not one-hot, not at hand as arrays, and not what a cross-entropy loss of the "
                 "model compares an output with. Pass num_classes=."
             )
-        resolved.append(Target(name, select, found, weigh))
+        positions = None if axes is None else Positions.of(labels, axes, seed)
+        resolved.append(Target(name, select, found, weigh, positions=positions))
     return resolved
 
 
@@ -132,12 +152,13 @@ def expected_tasks(
     evidence: Evidence,
 ) -> dict[str | None, Task | None]:
     """The task of each target as far as it is known before any data; else `None`."""
-    return {
-        name: task_of(
-            evidence.clues(name, select, None, _given(num_classes, name)), _given(task, name)
-        )
-        for name, select in named_targets(target).items()
-    }
+    tasks = {}
+    for name, select in named_targets(target).items():
+        output, asked = evidence.output_of(select), _given(task, name)
+        axes = (output.shape.rank or 0) - 2 if output is not None else 0
+        clues = evidence.clues(name, select, None, _given(num_classes, name), axes or None)
+        tasks[name] = task_of(clues, None if asked == POSITIONS else asked)
+    return tasks
 
 
 def named_targets(target: Any) -> Mapping[str | None, Any]:
@@ -233,15 +254,37 @@ def _structure(spec: Any) -> str:
     return f"an array of shape {getattr(spec, 'shape', None)}"
 
 
-def _refuse_positions(
-    name: str | None, select: Select, labels: tf.TensorSpec, evidence: Evidence
-) -> None:
-    """Refuses a label at every position, which looks like one-hot rows or like too many axes."""
-    output = getattr(output_of(select, evidence.outputs), "shape", None)
-    by_token = labels.shape.rank == 2 and output is not None and output.rank == 3
-    if (labels.shape.rank or 0) > 2 or (by_token and labels.shape[1] != 1):
+def _axes_of_positions(
+    what: str, labels: tf.TensorSpec, output: tf.TensorSpec | None, asked: str | None
+) -> int | None:
+    """Number of axes of the positions that labels are of; `None` for one label per example.
+
+    Args:
+        what: What the labels are called in errors.
+        labels: Their spec, (batch, *sizes), or (batch, *sizes, columns).
+        output: Of the host's output that goes with them, (batch, *sizes, columns), if there is one.
+        asked: The task, as the user gave it.
+    """
+    rank, rank_of_output = labels.shape.rank or 0, (output.shape.rank or 0) if output else 0
+    known = rank_of_output - 2 if rank_of_output > 2 else None
+    if known is not None and rank in (known + 1, known + 2) and labels.shape[1] != 1:
+        return known
+    if asked == POSITIONS and rank > 1:
+        # One column is no axis; without an output, so many are.
+        return rank - 2 if rank > 2 and labels.shape[-1] == 1 else rank - 1
+    if rank > 2 or asked == POSITIONS:
         raise ValueError(
-            f"Expected one label per example of {_describe(name, select)}. Received: labels of "
-            f"shape {tuple(labels.shape)}: one per token, step or pixel. Pass target=function of "
-            "(x, y) that makes one label of each example."
+            f"Expected one label per example of {what}, or one at each position of an output of "
+            f"the model. Received: labels of shape {tuple(labels.shape)}"
+            + (f", and an output of shape {tuple(output.shape)}" if output else "")
+            + f'. Pass task="{POSITIONS}" if each position has a class of its own (a token, pixel '
+            "or patch), or target=function of (x, y) that makes one label of each example."
         )
+    return None
+
+
+def _of_position(spec: tf.TensorSpec | None, axes: int) -> tf.TensorSpec | None:
+    """The spec of what there is of a position, of a spec of what there is of an example."""
+    if spec is None or (spec.shape.rank or 0) < 1 + axes:
+        return None
+    return tf.TensorSpec((None, *spec.shape[1 + axes :]), spec.dtype)

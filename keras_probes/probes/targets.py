@@ -5,6 +5,7 @@ In: `x`, `y` and sample weights of a batch. Out: one label and one weight per ex
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,66 @@ from keras_probes.probes.tasks.task import MISSING, WEIGHTLESS, Task
 from keras_probes.results.schema import name_of_baseline
 
 Select = None | str | int | Callable[[Any, Any], Any]
+# Positions of examples: cells of a grid, int32, shape (batch, P, axes), and its sizes, (axes,).
+Places = tuple[tf.Tensor, tf.Tensor]
+
+MOST_POSITIONS = 64  # of an example
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """Which positions of an example have a label each: tokens, patches or pixels.
+
+    Where an example has more than `MOST_POSITIONS`, so many are drawn by seed.
+
+    Attributes:
+        axes: Number of axes of positions: 1 of a sequence, 2 of an image.
+        per_example: How many of an example are used.
+        all: Whether these are all there are.
+        seed: Seed of the draw.
+    """
+
+    axes: int
+    per_example: int
+    all: bool
+    seed: int
+
+    @classmethod
+    def of(cls, labels: tf.TensorSpec, axes: int, seed: int) -> "Positions":
+        """Those of labels of a spec, shape (batch, *sizes) or (batch, *sizes, columns)."""
+        sizes = labels.shape[1 : 1 + axes].as_list()
+        total = math.prod(sizes) if None not in sizes else math.inf
+        count = int(min(total, MOST_POSITIONS))
+        return cls(axes, count, count == total, seed)
+
+    def places(self, labels: tf.Tensor) -> Places:
+        """Draws them for a batch of labels; the same for each batch of one size."""
+        sizes = tf.shape(labels)[1 : 1 + self.axes]
+        shape = (tf.shape(labels)[0], self.per_example)
+        if self.all:
+            flat = tf.broadcast_to(tf.range(self.per_example), shape)
+        else:
+            flat = tf.random.stateless_uniform(
+                shape, (self.seed, 11), 0, tf.reduce_prod(sizes), tf.int32
+            )
+        cells = tf.transpose(tf.unravel_index(tf.reshape(flat, [-1]), sizes))
+        return tf.reshape(cells, (*shape, self.axes)), sizes
+
+    def at(self, values: tf.Tensor, places: Places) -> tf.Tensor:
+        """What there is at these places, shape (batch * P, ...).
+
+        Args:
+            values: Shape (batch, *sizes, ...); on another grid, cells are those places fall into.
+            places: Which.
+        """
+        cells, sizes = places
+        own = tf.shape(values)[1 : 1 + self.axes]
+        found = tf.gather_nd(values, cells * own // sizes, batch_dims=1)
+        return tf.reshape(found, (-1, *values.shape[1 + self.axes :]))
+
+    def of_each(self, values: tf.Tensor) -> tf.Tensor:
+        """What there is of an example, shape (batch,), for each of its positions."""
+        return tf.repeat(values, self.per_example, axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +89,7 @@ class Target:
         weigh: A function (x, y, sample_weight) -> weights, shape (batch,); `None` for the host's
             sample weights where there is one per example.
         baseline: Which baseline of the target it is, one of `BASELINES`; `None` for the target.
+        positions: The positions that labels are of; `None` for one label per example.
     """
 
     name: str | None
@@ -35,6 +97,7 @@ class Target:
     task: Task
     weigh: Callable[[Any, Any, Any], Any] | None = None
     baseline: str | None = None
+    positions: Positions | None = None
 
     @property
     def key(self) -> str | None:
@@ -46,39 +109,68 @@ class Target:
         """Whether labels or weights are made of x besides."""
         return callable(self.select) or self.weigh is not None
 
-    def labels(self, x: Any, y: Any) -> tf.Tensor:
-        """Labels of a batch in the task's form; it marks those that are missing or none."""
-        return self.task.labels(tf.convert_to_tensor(self.raw(x, y)))
+    def places(self, x: Any, y: Any) -> Places | None:
+        """The positions of a batch that its labels are of; `None` where they are of examples."""
+        if self.positions is None:
+            return None
+        return self.positions.places(tf.convert_to_tensor(self.raw(x, y)))
+
+    def labels(self, x: Any, y: Any, places: Places | None = None) -> tf.Tensor:
+        """Labels of a batch in the task's form; it marks those that are missing or none.
+
+        Args:
+            x: The host's input.
+            y: The host's labels.
+            places: Where to look; by default where `places` says.
+        """
+        raw = tf.convert_to_tensor(self.raw(x, y))
+        if self.positions is not None:
+            places = self.positions.places(raw) if places is None else places
+            raw = self.positions.at(raw, places)
+        return self.task.labels(raw)
 
     def raw(self, x: Any, y: Any) -> Any:
         """Labels of a batch as they are."""
         return pick(self.select, x, y)
 
-    def labels_and_weights(self, x: Any, y: Any, sample_weight: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def labels_and_weights(
+        self, x: Any, y: Any, sample_weight: Any, places: Places | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Labels of a batch, marked where a weight is 0, and weights.
 
         Args:
             x: The host's input.
             y: The host's labels.
             sample_weight: What the host was given: `None`, a tensor, or a structure as `y`.
+            places: As for `labels`.
 
         Returns:
-            Labels as the task has them, and weights, float32, shape (batch,).
+            Labels as the task has them, and weights, float32, one for each label.
         """
-        labels = self.labels(x, y)
-        weights = self._weights(x, y, sample_weight, labels)
+        places = self.places(x, y) if places is None else places
+        labels = self.labels(x, y, places)
+        weights = self._weights(x, y, sample_weight, labels, places)
         return self.task.without(labels, weights == 0.0, WEIGHTLESS), weights
 
-    def predictions(self, outputs: Any) -> Any:
+    def predictions(self, outputs: Any, places: Places | None = None) -> Any:
         """The host's own answers to a batch.
 
         Args:
             outputs: What the host returned, or the structure of `tf.TensorSpec` of that.
+            places: As for `labels`.
 
         Returns:
             As labels; `None` where no output has the form that takes.
         """
-        return self.task.predictions(output_of(self.select, outputs))
+        output = output_of(self.select, outputs)
+        if self.positions is not None and output is not None:
+            if (output.shape.rank or 0) < 1 + self.positions.axes:
+                return None
+            if tf.is_tensor(output) and places is not None:
+                output = self.positions.at(output, places)
+            else:
+                output = tf.TensorSpec((None, *output.shape[1 + self.positions.axes :]))
+        return self.task.predictions(output)
 
     def refuse(self, wrong: int, total: int, raw: Any = None) -> None:
         """Raises a `ValueError` if `wrong` of `total` labels are none.
@@ -106,12 +198,16 @@ class Target:
     def _of(self) -> str:
         return "" if self.key is None else f" of target {self.key!r}"
 
-    def _weights(self, x: Any, y: Any, sample_weight: Any, like: tf.Tensor) -> tf.Tensor:
-        """Sample weights of a batch, float32, shape (batch,); ones where there are none.
+    def _weights(
+        self, x: Any, y: Any, sample_weight: Any, like: tf.Tensor, places: Places | None
+    ) -> tf.Tensor:
+        """Sample weights of a batch, float32, one for each label; ones where there are none.
 
         Those of another shape, by token or pixel, weigh the host's own loss and say nothing of a
         label for the whole example.
         """
+        if self.positions is not None and places is not None:
+            return self._weights_at(x, y, sample_weight, self.positions, places)
         if self.weigh is not None:
             return tf.cast(tf.reshape(self.weigh(x, y, sample_weight), (-1,)), tf.float32)
         if isinstance(sample_weight, (dict, list, tuple)):
@@ -124,6 +220,22 @@ class Target:
             return tf.ones(tf.shape(like)[:1])
         return tf.cast(tf.reshape(sample_weight, (-1,)), tf.float32)
 
+    def _weights_at(
+        self, x: Any, y: Any, sample_weight: Any, positions: Positions, places: Places
+    ) -> tf.Tensor:
+        """Weights at positions, of weights for each of them or for each example."""
+        if self.weigh is not None:
+            sample_weight = self.weigh(x, y, sample_weight)
+        elif isinstance(sample_weight, (dict, list, tuple)):
+            keyed = self.select is not None and not callable(self.select)
+            sample_weight = pick(self.select, None, sample_weight) if keyed else None
+        if sample_weight is None:
+            return tf.ones(tf.shape(places[0])[0] * positions.per_example)
+        weights = tf.cast(sample_weight, tf.float32)
+        if (weights.shape.rank or 0) > positions.axes:
+            return tf.reshape(positions.at(weights, places), (-1,))
+        return positions.of_each(tf.reshape(weights, (-1,)))
+
 
 @dataclasses.dataclass(frozen=True)
 class RandomTarget(Target):
@@ -135,9 +247,13 @@ class RandomTarget(Target):
 
     needs_x = True
 
-    def labels(self, x: Any, y: Any) -> tf.Tensor:
-        without = self.task.state(super().labels(x, y)) < 0
-        return self.task.without(self.task.random(_hash(x)), without, MISSING)
+    def labels(self, x: Any, y: Any, places: Places | None = None) -> tf.Tensor:
+        places = self.places(x, y) if places is None else places
+        without = self.task.state(super().labels(x, y, places)) < 0
+        keys = _hash(x)
+        if self.positions is not None and places is not None:
+            keys = _hash_of_places(self.positions.of_each(keys), places)
+        return self.task.without(self.task.random(keys), without, MISSING)
 
 
 def _hash(x: Any) -> tf.Tensor:
@@ -161,6 +277,17 @@ def _hash(x: Any) -> tf.Tensor:
         products = tf.math.floormod(tf.math.floormod(bits, prime) * keys, prime)
         total += tf.reduce_sum(products, axis=1)
     return tf.math.floormod(total, prime)
+
+
+def _hash_of_places(keys: tf.Tensor, places: Places) -> tf.Tensor:
+    """Another number for each position of an example, of the example's, shape (batch * P,)."""
+    prime = 2**31 - 1
+    cells, sizes = places
+    flat = tf.zeros_like(cells[..., 0])
+    for axis in range(cells.shape[-1]):
+        flat = flat * sizes[axis] + cells[..., axis]
+    of_place = tf.cast(tf.reshape(flat, [-1]), tf.int64) + 1
+    return tf.math.floormod(keys + tf.math.floormod(of_place * 1_103_515_245, prime), prime)
 
 
 def pick(select: Select, x: Any, y: Any) -> Any:

@@ -251,3 +251,22 @@ def wilson_interval(error: float, n: int) -> tuple[float, float]:
     # Rounding must not push a bound past the observed proportion at 0 and 1.
     low, high = (centre - half) / scale, (centre + half) / scale
     return min(error, max(0.0, low)), max(error, min(1.0, high))
+
+
+def interval_of_mean(value: float, n: float, total: float, squares: float) -> tuple[float, float]:
+    """95% confidence interval of an error that is in proportion to the mean of examples' errors.
+
+    Args:
+        value: The error.
+        n: Number of examples.
+        total: Sum of their errors.
+        squares: Sum of the squares of these.
+
+    Returns:
+        Lower and upper bound, at least 0; NaN where they are not known.
+    """
+    if n < 2 or not total > 0:
+        return math.nan, math.nan
+    deviation = math.sqrt(max(squares / n - (total / n) ** 2, 0.0) / (n - 1))
+    half = Z_95 * value * deviation / (total / n)
+    return max(0.0, value - half), value + half

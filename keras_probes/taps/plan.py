@@ -24,11 +24,14 @@ from keras_probes.taps.graph import (
 )
 from keras_probes.taps.record import Recording, record_calls
 from keras_probes.taps.reduce import (
+    AtPositions,
     GlobalAverage,
+    Places,
     Reduce,
     StopGradient,
     Token,
-    UnknownSizeError,
+    UnfitTapError,
+    reduction_at_positions,
     reduction_for,
 )
 from keras_probes.taps.select import Selector, glob_match, nearest, select
@@ -57,15 +60,21 @@ class ReducedTap:
     def sizes(self) -> tuple[int | None, ...] | None:
         """Those of the host's tensor, the batch apart, if the reduction needs them as they are."""
         sizes = (self.tap.shape or (None,))[1:]
-        free = None in sizes or isinstance(self.reduction, (GlobalAverage, Token))
+        free = None in sizes or isinstance(self.reduction, (GlobalAverage, Token, AtPositions))
         return None if free else sizes
 
-    def features(self, activation: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
+    def features(
+        self,
+        activation: tf.Tensor,
+        mask: tf.Tensor | None = None,
+        places: Places | None = None,
+    ) -> tf.Tensor:
         """Float32, shape (batch, n_features), from the host's tensor (batch, ...).
 
         Args:
             activation: The host's tensor.
             mask: Which of its steps count, bool, shape (batch, steps).
+            places: The positions that labels are of, if they are; each is a row.
         """
         if not isinstance(activation, tf.Tensor):  # while the sibling model is made
             return self.reduction(self.stop_gradient(activation))
@@ -73,6 +82,8 @@ class ReducedTap:
             # What is known of it while tracing may be too little for the reduction.
             activation = tf.ensure_shape(activation, (activation.shape[0], *self.sizes))
         stopped = self.stop_gradient(activation)
+        if places is not None:
+            return self.reduction.at(stopped, places)
         if mask is not None:
             stopped._keras_mask = tf.cast(mask, tf.bool)
         # A Keras layer as reduction follows the global dtype policy.
@@ -147,11 +158,12 @@ class TapPlan:
         masked = [self.graph.masked.get(name) for name in self.n_features]
         return list(dict.fromkeys([self.host, *tapped, *filter(None, masked)]))
 
-    def features(self, recording: Recording) -> dict[str, tf.Tensor]:
+    def features(self, recording: Recording, places: Places | None = None) -> dict[str, tf.Tensor]:
         """Returns the features of each tap, float32, shape (batch, n_features).
 
         Args:
             recording: What was recorded while the host ran.
+            places: The positions that labels are of, if they are; each is a row.
 
         Raises:
             ValueError: The host did not compute one of the taps, or called its layer more or less
@@ -178,7 +190,7 @@ class TapPlan:
             name, tensor = reduced.tap.name, recording.tensors[reduced.tap.site]
             masked = self.graph.masked.get(name)
             mask = None if masked is None else recording.mask_taken.get(masked)
-            features[name] = reduced.features(tensor, mask)
+            features[name] = reduced.features(tensor, mask, places)
         return features
 
     def check_rows(
@@ -229,15 +241,16 @@ class TapPlan:
                     'change with reduce="gap".'
                 )
 
-    def features_of(self, x: Any) -> dict[str, tf.Tensor]:
+    def features_of(self, x: Any, places: Places | None = None) -> dict[str, tf.Tensor]:
         """The features of each tap at inference, as `run` says."""
-        return self.run(x)[0]
+        return self.run(x, places)[0]
 
-    def run(self, x: Any) -> tuple[dict[str, tf.Tensor], Any]:
+    def run(self, x: Any, places: Places | None = None) -> tuple[dict[str, tf.Tensor], Any]:
         """Runs the host at inference.
 
         Args:
             x: What the host takes.
+            places: As for `features`.
 
         Returns:
             The features of each tap, as `features`, and what the host returns.
@@ -246,7 +259,7 @@ class TapPlan:
         # A stateless scope takes any assignment to a Keras variable upon itself.
         with record_calls(self.host, self.layers()) as recording, keras.StatelessScope(values):
             outputs = call_at_inference(self.host, x)
-        return self.features(recording), outputs
+        return self.features(recording, places), outputs
 
     def with_weights_as_now(self) -> "TapPlan":
         """The same taps of the host as it is now, whatever becomes of it."""
@@ -284,6 +297,7 @@ def make_plan(
     reduce: Reduce,
     seed: int,
     prefix: str = "",
+    positions: int | None = None,
 ) -> TapPlan:
     """Chooses the taps of a host and how features are made of them.
 
@@ -295,6 +309,7 @@ def make_plan(
         reduce: How features are made, likewise.
         seed: Seed of random feature subsets.
         prefix: What the names of taps begin with.
+        positions: Number of axes of the positions that labels are of, if they are.
 
     Returns:
         The `TapPlan`.
@@ -310,11 +325,11 @@ def make_plan(
     reduced, left_out = [], dict(selected.left_out)
     for place, tap in enumerate(selected.taps):
         try:
-            reduced.append(_reduced(place, tap, reduce, seed))
-        except UnknownSizeError:
+            reduced.append(_reduced(place, tap, reduce, seed, positions))
+        except UnfitTapError as unfit:
             if tap.name in selected.named:
                 raise
-            left_out[tap.name] = "its sizes differ from batch to batch"
+            left_out[tap.name] = unfit.reason
     if not reduced:
         reasons = "; ".join(f"{name!r}: {reason}" for name, reason in left_out.items())
         raise ValueError(f"`layers` picks nothing that can be probed. {reasons}")
@@ -327,11 +342,15 @@ def _traced_spec(host: keras.Model, input_spec: Any) -> Any:
     return declared if input_spec is None else merged(any_batch_size(input_spec), declared)
 
 
-def _reduced(place: int, tap: Tap, reduce: Reduce, seed: int) -> ReducedTap:
+def _reduced(place: int, tap: Tap, reduce: Reduce, seed: int, positions: int | None) -> ReducedTap:
     # Every layer gets a name, so that no automatic name is used up.
-    reduction = reduction_for(tap, reduce, seed=seed, name=_layer_name("reduce", place, tap))
+    name = _layer_name("reduce", place, tap)
+    if positions is None:
+        reduction = reduction_for(tap, reduce, seed=seed, name=name)
+    else:
+        reduction = reduction_at_positions(tap, positions, reduce, seed=seed, name=name)
     stop_gradient = StopGradient(name=_layer_name("stop_gradient", place, tap))
-    n_features = reduction.compute_output_shape(tap.shape)[1]
+    n_features = reduction.compute_output_shape(tap.shape)[-1]
     reduction.build(tap.shape)
     if reduction.trainable_weights:
         raise ValueError(

@@ -21,7 +21,21 @@ AUTO_FEATURES = 1000  # at most this many a tap by default; what the paper takes
 Reduce: TypeAlias = str | keras.layers.Layer | Mapping[str, "str | keras.layers.Layer"]
 
 
-class UnknownSizeError(ValueError):
+# Positions of examples: cells of a grid, int32, shape (batch, P, axes), and its sizes, (axes,).
+Places: TypeAlias = tuple[tf.Tensor, tf.Tensor]
+
+
+class UnfitTapError(ValueError):
+    """No features can be made of a tap; says why, for those who asked for it by name.
+
+    Attributes:
+        reason: Why, in few words.
+    """
+
+    reason = "its sizes differ from batch to batch"
+
+
+class UnknownSizeError(UnfitTapError):
     """A tap's sizes differ from batch to batch, and its reduction needs them."""
 
 
@@ -289,6 +303,73 @@ class Token(_Reduction):
         return {**super().get_config(), "index": self.index}
 
 
+@keras.saving.register_keras_serializable(package="keras_probes")
+class AtPositions(_Positional):
+    """The channels of a tap at each of its positions, for labels that are of positions.
+
+    Of many channels a fixed random subset is kept, as `RandomFeatures` does.
+
+    Args:
+        n: How many channels to keep.
+        seed: Seed of the draw.
+        data_format: As for `GlobalAverage`.
+
+    Input: any dtype, shape (batch, ..., channels) or (batch, channels, ...).
+    Output: float32, shape (batch, ..., min(n, channels)).
+    """
+
+    def __init__(
+        self,
+        n: int = AUTO_FEATURES,
+        seed: int | None = None,
+        data_format: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(data_format, **kwargs)
+        self.n, self.seed = _positive_integer("n", n), seed
+
+    def build(self, input_shape):
+        channels = int(input_shape[self._channel_axis(len(input_shape))])
+        kept = min(self.n, channels)
+        subset = np.random.default_rng(self.seed or 0).choice(channels, kept, replace=False)
+        self.indices = self.add_weight(
+            name="indices",
+            shape=(kept,),
+            dtype="int32",
+            initializer=lambda _, dtype: ops.convert_to_tensor(np.sort(subset), dtype),
+            trainable=False,
+        )
+
+    def call(self, inputs):
+        return ops.cast(ops.take(self._channels_last(inputs), self.indices, axis=-1), "float32")
+
+    def at(self, inputs: tf.Tensor, places: "Places") -> tf.Tensor:
+        """The features at some positions, float32, shape (batch * P, n_features).
+
+        Args:
+            inputs: As for a call.
+            places: Which ones; on a grid of other sizes, the cells that they fall into.
+        """
+        x = self._channels_last(inputs)
+        cells, sizes = places
+        own = tf.shape(x)[1:-1]
+        found = tf.gather_nd(x, cells * own // sizes, batch_dims=1)
+        rows = tf.reshape(found, (-1, x.shape[-1]))
+        return tf.cast(tf.gather(rows, self.indices, axis=1), tf.float32)
+
+    def compute_output_shape(self, input_shape):
+        axis = self._channel_axis(len(input_shape))
+        channels = input_shape[axis]
+        grid = [size for at, size in enumerate(input_shape) if at not in (0, axis)]
+        return (input_shape[0], *grid, None if channels is None else min(self.n, channels))
+
+    def get_config(self):
+        return {**super().get_config(), "n": self.n, "seed": self.seed}
+
+    def _channels_last(self, inputs: tf.Tensor) -> tf.Tensor:
+        return ops.moveaxis(inputs, self._channel_axis(len(inputs.shape)), -1)
+
+
 def _positive_integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or int(value) != value or value < 1:
         raise ValueError(f"Expected `{name}` to be a positive integer. Received: {name}={value!r}.")
@@ -336,6 +417,49 @@ def reduction_for(tap: Tap, reduce: Reduce, *, seed: int, name: str) -> keras.la
     return layer
 
 
+def reduction_at_positions(
+    tap: Tap, axes: int, reduce: Reduce, *, seed: int, name: str
+) -> keras.layers.Layer:
+    """Makes what gives a tap's channels at the positions that labels are of.
+
+    Args:
+        tap: The tap.
+        axes: Number of axes of these positions: 1 of a sequence, 2 of an image.
+        reduce: As for `reduction_for`; here, channels are all that is left to choose.
+        seed: Seed of random subsets of channels.
+        name: Name for the layer.
+
+    Returns:
+        A fresh Keras layer, (batch, ...) -> float32 (batch, ..., n_features).
+
+    Raises:
+        UnfitTapError: The tap has no such positions.
+        ValueError: Another reduction was asked for.
+    """
+    if isinstance(reduce, Mapping):
+        fits = (kind for glob, kind in reduce.items() if glob_match(tap.name, glob))
+        reduce = next(fits, "auto")
+    if isinstance(reduce, AtPositions):
+        layer: AtPositions = _named_copy(tap, reduce, seed, name)
+    elif reduce == "auto":
+        layer = AtPositions(seed=seed, data_format=_data_format(tap), name=name)
+    else:
+        raise ValueError(
+            "Labels are of positions, where the features are the channels of a layer. Expected "
+            f'reduce="auto", or AtPositions(n) for n channels at most. Received: {reduce!r} for '
+            f"tap {tap.name!r}."
+        )
+    shape = tap.shape
+    if shape is None or len(shape) != axes + 2 or layer.compute_output_shape(shape)[-1] is None:
+        unfit = UnfitTapError(
+            f"Labels have {axes} axes of positions. Expected tap {tap.name!r} to have as many, "
+            f"beside batch and channels. Received: shape {shape}. Leave it out of layers=."
+        )
+        unfit.reason = "it has no such positions as the labels"
+        raise unfit
+    return layer
+
+
 def _by_name(tap: Tap, kind: str, seed: int, name: str) -> keras.layers.Layer:
     if kind == "auto":
         kind = _best_for(tap)
@@ -373,12 +497,13 @@ def _named_copy(tap: Tap, layer: keras.layers.Layer, seed: int, name: str) -> ke
 
 
 def _check_shape(tap: Tap, layer: keras.layers.Layer) -> None:
-    if tap.shape is not None and (_is_static(tap) or isinstance(layer, (GlobalAverage, Token))):
+    of_any_size = isinstance(layer, (GlobalAverage, Token, AtPositions))
+    if tap.shape is not None and (_is_static(tap) or of_any_size):
         try:
             shape = tuple(layer.compute_output_shape(tap.shape))
         except ValueError as error:
             raise ValueError(f"Tap {tap.name!r} of shape {tap.shape}: {error}") from error
-        if len(shape) == 2 and shape[1] is not None:
+        if shape[-1] is not None and (len(shape) == 2 or isinstance(layer, AtPositions)):
             return
         if _is_static(tap):
             raise ValueError(

@@ -27,7 +27,8 @@ ALPHA = 0.05
 MARGIN = 0.02  # of error: what is no difference to speak of
 GUESSES = 0.05  # of error, below that of the majority class: what is known to be less is a guess
 OVERFITTED = 0.05  # of error, between training and validation
-COLLAPSED = 0.1  # of the rank of the best layer before
+COLLAPSED = 0.1  # of the rank that a layer could have, by the best one before
+ONE_DIRECTION = 1.2  # of a rank: hardly more than one
 SHORTEST = {"dead": 2, "plateau": 3}  # segments, in taps
 FEWEST = 5  # taps of a trunk whose trend is looked at
 DRAWS = 2000
@@ -376,10 +377,11 @@ def _collapsed(m: _Measures) -> Iterator[Finding]:
                    "error_before": m.error(before)}  # fmt: skip
         text = (
             f"From {segment[0]!r} to {segment[-1]!r} the error is up to {m.error(worst):.3f}, "
-            f"after {m.error(before):.3f} at {before!r}. The effective rank of the features is down to "
-            f"{rank:.1f} at {least!r}, after {of_before:.1f}"
+            f"after {m.error(before):.3f} at {before!r}. The effective rank of the features is "
+            f"down to {rank:.1f} at {least!r}, after {of_before:.1f}"
         )
-        if rank < max(2.0, COLLAPSED * of_before):
+        most = min(of_before, next(t.features for t in m.results.taps if t.name == least))
+        if rank < max(ONE_DIRECTION, COLLAPSED * most):
             yield Finding(
                 "KP010", "Collapsed features", "problem", tuple(segment), numbers, text + ".",
                 "The examples look alike there: what told them apart is gone, and no later layer "

@@ -1031,7 +1031,7 @@ def test_the_control_leaves_out_what_its_target_does(tabular):
     model = dense(2, lambda y, u: tf.reduce_mean(u**2, axis=-1))
     with pytest.warns(UserWarning, match="are missing"):
         probes = fitted(model, x, some, "input", num_classes=2, baselines=["shuffled"])
-    counts = probes.results.frame().groupby("target", dropna=False)["n"].unique()
+    counts = probes.results.frame().groupby("baseline", dropna=False)["n"].unique()
     assert [n.tolist() for n in counts] == [[80], [80]]
 
 

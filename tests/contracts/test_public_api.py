@@ -37,6 +37,7 @@ def test_signature_of_the_callback():
         "layers": "auto",
         "reduce": "auto",
         "target": None,
+        "task": None,
         "num_classes": None,
         "sample_weight": None,
         "optimizer": None,

@@ -13,8 +13,11 @@ from scipy.special import log_softmax, softmax
 
 from keras_probes import FeatureStore, ProbeResults, extract_features, fit_probes
 from keras_probes.offline import fit
+from keras_probes.probes.tasks import Classification
 
-FIT_METRICS = {"l2", "iterations", "objective", "gradient_norm", "converged"}
+FIT_METRICS = {
+    "l2", "iterations", "objective", "gradient_norm", "converged", "rank", "directions"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def test_results_hold_every_measure_of_every_tap_and_split(results, store):
         for split in ("train", "validation", "test"):
             rows = frame[(frame.tap == tap) & (frame.split == split)]
             of_fit = FIT_METRICS if split == "train" else set()
-            assert set(rows.metric) == {"error", "loss", "top5_error"} | of_fit
+            assert set(rows.metric) == {*Classification(10).measurable} | of_fit
             counts = {"validation": round(len(store) * 0.1), "test": round(len(store) * 0.1)}
             expected = counts.get(split, len(store) - sum(counts.values()))
             assert set(rows.n) == {expected}
@@ -196,7 +199,7 @@ def test_not_converged_is_a_warning_and_marked(store):
     with pytest.warns(UserWarning, match=r"not proven optimal.*Raise max_iterations or l2"):
         results = quiet(store, l2=1e-4, max_iterations=1, taps=["input"])
     assert not results.table()["converged"].any()
-    assert (results.frame()["certificate"] > 1e-6).all()
+    assert (results.measured()["certificate"] > 1e-6).all()
 
 
 def test_a_tolerance_that_rounding_does_not_reach_is_a_warning(store):

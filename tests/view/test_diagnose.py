@@ -181,10 +181,10 @@ def with_ranks(errors, ranks):
 
 def test_a_collapsed_layer_is_told_from_one_that_is_not_linear():
     errors = {"input": 0.4, "a": 0.2, "b": 0.6, "c": 0.6}
-    ranks = {"input": 50, "a": 40, "b": 3, "c": 1.2}
+    ranks = {"input": 50, "a": 40, "b": 3, "c": 0.7}
     (finding,) = [f for f in diagnose(with_ranks(errors, ranks)) if f.code == "KP010"]
     assert (finding.severity, finding.taps) == ("problem", ("b", "c"))
-    assert finding.numbers["rank"] == 1.2
+    assert finding.numbers["rank"] == 0.7
     (finding,) = [
         f for f in diagnose(with_ranks(errors, {**ranks, "b": 30, "c": 35})) if f.code == "KP010"
     ]

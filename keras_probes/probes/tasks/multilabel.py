@@ -13,7 +13,7 @@ from keras_probes.probes.tasks.ranking import (
     mean_auroc,
     mean_average_precision,
 )
-from keras_probes.probes.tasks.task import CODE_LENGTH, MISSING, WRONG, Clues, Sums, Task
+from keras_probes.probes.tasks.task import CODE_LENGTH, MISSING, WRONG, Clues, Sums, Task, are_whole
 from keras_probes.results.schema import wilson_interval
 
 SMOOTHING = 0.5  # examples more with and without each label
@@ -49,7 +49,9 @@ class MultiLabel(Task):
     def suits(cls, clues: Clues) -> bool:
         if clues.num_classes is not None or clues.by_loss in ("classes", "numbers"):
             return False
-        return clues.by_loss == "labels" or _are_several(clues.rows)
+        if clues.by_loss == "labels":
+            return clues.rows is None or are_whole(clues.rows)
+        return _are_several(clues.rows)
 
     @classmethod
     def of(cls, clues: Clues) -> "MultiLabel | None":

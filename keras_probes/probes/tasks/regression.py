@@ -54,7 +54,9 @@ class Regression(Task):
             return False
         if clues.by_loss is None:
             return rows is not None and not are_whole(rows)
-        return clues.by_loss == "numbers"
+        # A binary cross-entropy of what is neither 0 nor 1, as of an autoencoder, is of numbers.
+        numbers = clues.by_loss == "labels" and rows is not None and not are_whole(rows)
+        return numbers or clues.by_loss == "numbers"
 
     @classmethod
     def of(cls, clues: Clues) -> "Regression | None":
