@@ -387,7 +387,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
     ) -> None:
         """Prints what is probed: tap, depth, shape, reduction, features, parameters and memory.
 
-        Then which layers are left out, which probes are refitted or were not, and why.
+        Then what is asked, which layers are left out, which probes are refitted or were not, and
+        why.
 
         Args:
             model: The model to be probed; may be left out once `fit` has begun.
@@ -416,6 +417,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         print_fn(table.rename(columns={"name": "tap"}).to_string(index=False))
         parameters, memory = (sum(column) for column in zip(*sizes.values(), strict=True))
         print_fn(f"{len(sizes)} taps, {parameters:,} parameters, {mebibytes(memory)}")
+        print_fn(self._online.about_tasks())
         if self._online.plan.left_out:
             print_fn(left_out_text(self._online.plan.left_out))
         print_fn(self._online.about_refit(next(reversed(self.results.refits), None)))

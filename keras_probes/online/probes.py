@@ -180,9 +180,7 @@ class OnlineProbes:
         """
         tasks: Sequence[Task | None] = [target.task for target in self.targets]
         if not tasks:
-            asked = self._settings
-            known = expected_tasks(asked.target, asked.num_classes, asked.task, self._evidence())
-            tasks = list(known.values()) * (1 + len(asked.baselines))
+            tasks = list(self._expected_tasks().values()) * (1 + len(self._settings.baselines))
         counts = [task.outputs for task in tasks if task is not None]
         if len(counts) < len(tasks):
             raise ValueError(
@@ -196,6 +194,20 @@ class OnlineProbes:
             )
             for tap, width in self.plan.n_features.items()
         }
+
+    def _expected_tasks(self) -> dict[str | None, Task | None]:
+        asked = self._settings
+        return expected_tasks(asked.target, asked.num_classes, asked.task, self._evidence())
+
+    def about_tasks(self) -> str:
+        """What the probes are asked, as a sentence for each target."""
+        tasks = {t.name: t.task for t in self.targets if t.baseline is None}
+        found = tasks or self._expected_tasks()
+        return "\n".join(
+            ("Asked" if name is None else f"{name!r} asks")
+            + f": {'not known before the data' if task is None else task.name + ', ' + task.about}."
+            for name, task in found.items()
+        )
 
     def about_refit(self, last: Refit | None) -> str:
         """Which probes are refitted, and why others are not.

@@ -388,7 +388,7 @@ def _collapsed(m: _Measures) -> Iterator[Finding]:
                 "brings it back. Look for saturated activations, a bottleneck, or a learning rate "
                 "too high.",
             )  # fmt: skip
-        else:
+        elif any(map(m.guesses, segment)):
             yield Finding(
                 "KP010", "Features vary, but tell less to a linear probe", "note", tuple(segment),
                 numbers, text + ".",

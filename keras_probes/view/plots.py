@@ -20,6 +20,7 @@ APART = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart likewise (Oka
 COLORS = "viridis"  # of depth and time: in order, and told apart by the colour-blind
 MOST_LABELS = 45  # on an axis; more are not legible
 MOST_IN_LEGEND = 12
+LIGHT = 0.6  # of the colours: black is legible on what is above
 NEAR = 0.6  # times a level is to be below some layer's error: else it is not worth the space
 
 
@@ -189,6 +190,97 @@ def plot_heatmap(
     ax.set_title(_title(results, target))
     bar = ax.figure.colorbar(mesh, ax=ax)
     bar.set_label(f"{split} {in_words(metric)}")
+    return ax
+
+
+def plot_per_class(
+    results: ProbeResults,
+    tap: str,
+    ax: "Axes | None" = None,
+    *,
+    split: str | None = None,
+    target: str | None = None,
+) -> "Axes":
+    """Draws the error of a layer's probe by class, or by label of several, the highest first.
+
+    Args:
+        results: What probes measured.
+        tap: Tap name.
+        ax: Where to draw; by default a new figure, high enough for the names.
+        split: As of `ProbeResults.per_class`.
+        target: Which target; may be left out if there is only one.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: An unknown tap, or nothing was counted by class.
+    """
+    frame = results.per_class(tap, split=split, target=target)
+    frame = frame[frame["n"] > 0].sort_values("error", kind="stable")
+    ax = ax or _new_axes(width=6.0, height=float(np.clip(1.2 + 0.2 * len(frame), 3.0, 12.0)))
+    places = np.arange(len(frame))
+    interval = [frame["error"] - frame["ci_low"], frame["ci_high"] - frame["error"]]
+    ax.errorbar(
+        frame["error"], places, xerr=interval, fmt="o", markersize=4, color=APART[0],
+        elinewidth=1, capsize=2,
+    )  # fmt: skip
+    shown = thinned(len(frame), MOST_LABELS)
+    ax.set_yticks(shown, [frame.index[place] for place in shown], fontsize=8)
+    ax.set_xlabel(f"error of the probe at {tap}")
+    ax.set_ylabel(frame.index.name)
+    ax.set_xlim(left=0)
+    ax.grid(axis="x", color="0.9")
+    ax.set_axisbelow(True)
+    ax.set_title(_title(results, target))
+    return ax
+
+
+def plot_confusion(
+    results: ProbeResults,
+    tap: str,
+    ax: "Axes | None" = None,
+    *,
+    split: str | None = None,
+    target: str | None = None,
+) -> "Axes":
+    """Draws the confusion matrix of a layer's probe: of each class, the share of each answer.
+
+    Args:
+        results: What probes measured.
+        tap: Tap name.
+        ax: Where to draw; by default a new figure, large enough for the names.
+        split: As of `ProbeResults.confusion`.
+        target: Which target; may be left out if there is only one.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: As `ProbeResults.confusion`.
+    """
+    matrix = results.confusion(tap, split=split, target=target)
+    shares = matrix.div(matrix.sum(axis=1).clip(lower=1), axis=0)
+    size = float(np.clip(2.0 + 0.3 * len(matrix), 4.0, 12.0))
+    ax = ax or _new_axes(width=size + 1.0, height=size)
+    image = ax.imshow(shares, cmap=COLORS, vmin=0, vmax=1)
+    shown = thinned(len(matrix), MOST_LABELS)
+    names = [matrix.index[place] for place in shown]
+    ax.set_yticks(shown, names, fontsize=8)
+    ax.set_xticks(shown, names, fontsize=8, rotation=90)
+    if len(matrix) <= MOST_IN_LEGEND:
+        for row, column in np.ndindex(*matrix.shape):
+            light = shares.iat[row, column] < LIGHT
+            ax.text(
+                column, row, matrix.iat[row, column], ha="center", va="center", fontsize=8,
+                color="white" if light else "black",
+            )  # fmt: skip
+    ax.set_xlabel(f"answer of the probe at {tap}")
+    ax.set_ylabel("class")
+    ax.set_title(_title(results, target))
+    ax.figure.colorbar(image, ax=ax).set_label("share of the class")
     return ax
 
 

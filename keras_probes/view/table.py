@@ -76,7 +76,7 @@ def as_text(results: ProbeResults) -> str:
         return repr(results)
     tables = [
         ("" if target is None else f"{target}\n")
-        + results.table(first_metric(results), target=target).to_string(**_AS_TEXT)
+        + results.table(first_metric(results, target), target=target).to_string(**_AS_TEXT)
         + f"\n{_without_features(results, target)}"
         for target in results.targets
     ]
@@ -92,7 +92,7 @@ def as_bars(results: ProbeResults) -> str:
 
 
 def _bars(results: ProbeResults, target: str | None) -> str:
-    metric = first_metric(results)
+    metric = first_metric(results, target)
     measured = results.measured(metric, target=target)
     shown = measured["value"].iloc[thinned(len(measured), MOST_BARS)]
     title = f"{measured['split'].iloc[0]} {metric.replace('_', ' ')} at each layer"
@@ -113,7 +113,7 @@ def as_html(results: ProbeResults) -> str:
         return html.escape(repr(results))
     tables = [
         ("" if target is None else f"<h4>{html.escape(target)}</h4>\n")
-        + results.table(first_metric(results), target=target).to_html(**_AS_TEXT)
+        + results.table(first_metric(results, target), target=target).to_html(**_AS_TEXT)
         + f"\n<p>{html.escape(_without_features(results, target))}</p>"
         for target in results.targets
     ]
@@ -134,14 +134,14 @@ def _values(rows: Mapping[str, Row]) -> pd.Series:
     return pd.Series({tap: row.value for tap, row in rows.items()})
 
 
-def first_metric(results: ProbeResults) -> str:
-    """The measure that was asked for first."""
-    return results.rows[0].metric
+def first_metric(results: ProbeResults, target: str | None) -> str:
+    """The measure that was asked for first, of those that the task of a target has."""
+    return next(row.metric for row in results.rows if row.target == target)
 
 
 def _without_features(results: ProbeResults, target: str | None) -> str:
     """What the measure in the table comes to without features, as a sentence."""
-    metric = first_metric(results)
+    metric = first_metric(results, target)
     last = next(
         r
         for r in reversed(results.rows)

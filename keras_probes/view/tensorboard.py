@@ -127,9 +127,9 @@ class TensorBoardWriter:
 
     def _write_tables(self, results: ProbeResults, epoch: int, step: int) -> None:
         """Those of the measure asked for first."""
-        metric = first_metric(results)
         with self._writer(_TOGETHER).as_default():
             for target in results.targets:
+                metric = first_metric(results, target)
                 table = results.table(metric, epoch=epoch, target=target)
                 tf.summary.text(f"{_by_layer(metric, target)}/table", _markdown(table), step=step)
 
@@ -138,9 +138,9 @@ class TensorBoardWriter:
         self._drawn = step
         if find_spec("matplotlib") is None:
             return
-        metric = first_metric(results)
         with self._writer(_TOGETHER).as_default():
             for target in results.targets:
+                metric = first_metric(results, target)
                 name = _by_layer(metric, target)
                 curve = _depth_curve(results, metric=metric, epochs=[epoch], target=target)
                 tf.summary.image(f"{name}/depth", _image(curve), step=step)

@@ -94,6 +94,14 @@ def test_what_is_no_label_is_marked(y):
     np.testing.assert_array_equal(labels, [0, WRONG, MISSING, WRONG])
 
 
+def test_255_of_bytes_is_no_label():
+    y = np.array([0, 2, 255], "uint8")
+    (target,) = resolve_targets(None, None, X, SPEC((None,), "uint8"), Evidence(None, None, [y]))
+    assert target.task == Classification(3)
+    np.testing.assert_array_equal(target.labels(None, y), [0, 2, MISSING])
+    np.testing.assert_array_equal(target.labels(None, y.astype("int64")), [0, 2, WRONG])
+
+
 def test_labels_of_a_hinge():
     target = resolve_targets(None, None, X, SPARSE, Evidence(None, keras.losses.Hinge()))[0]
     assert target.task.outputs == 2
@@ -181,7 +189,7 @@ def test_an_example_without_weight_is_left_out():
     ("options", "error", "parts"),
     [
         ({"y": None}, ValueError, ["Probes need labels", "target="]),
-        ({"y": SPEC((None, 5, 4), "int32")}, ValueError, ["(None, 5, 4)", "one per token"]),
+        ({"y": SPEC((None, 5, 4), "int32")}, ValueError, ["(None, 5, 4)", "one at each position"]),
         ({"y": SPEC((None, 3), "float32"), "num_classes": 5}, ValueError, ["(batch, 5)"]),
         ({"num_classes": 1}, ValueError, ["at least 2 classes", "1"]),
         ({"num_classes": 2.0}, ValueError, ["integer", "2.0"]),

@@ -8,8 +8,15 @@ import pytest
 from made import results_of
 
 from keras_probes.results.record import ProbeResults
-from keras_probes.results.schema import Probe, wilson_interval
-from keras_probes.view.plots import MOST_LABELS, plot_curves, plot_depth, plot_heatmap
+from keras_probes.results.schema import Details, Probe, wilson_interval
+from keras_probes.view.plots import (
+    MOST_LABELS,
+    plot_confusion,
+    plot_curves,
+    plot_depth,
+    plot_heatmap,
+    plot_per_class,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -121,3 +128,32 @@ def test_what_was_not_measured_is_an_error(plot):
 def test_a_single_epoch_is_a_point():
     ax = plot_curves(results_of({"input": 0.5, "out": 0.2}))
     assert all(line.get_marker() == "o" for line in ax.lines)
+
+
+def with_counts(matrix):
+    """Results of one tap with a confusion matrix."""
+    results = results_of({"input": 0.3})
+    results.details[None, None, "validation"] = Details(0, {"input": {"confusion": matrix}})
+    return results
+
+
+def test_errors_by_class_the_highest_first():
+    matrix = np.array([[8.0, 2, 0], [0, 10, 0], [5, 0, 5]])
+    results = with_counts(matrix)
+    results.class_names = ["cat", "dog", "eel"]
+    ax = plot_per_class(results, "input")
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["dog", "cat", "eel"]
+    (points,) = ax.containers
+    np.testing.assert_allclose(points.lines[0].get_xdata(), [0.0, 0.2, 0.5])
+    assert ax.get_ylabel() == "class"
+
+
+def test_confusion_is_by_shares_with_counts_where_they_are_legible():
+    matrix = np.array([[8.0, 2], [1, 9]])
+    ax = plot_confusion(with_counts(matrix), "input")
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.8, 0.2], [0.1, 0.9]])
+    assert [text.get_text() for text in ax.texts] == ["8", "2", "1", "9"]
+    many = plot_confusion(with_counts(np.eye(30)), "input")
+    assert not many.texts
+    with pytest.raises(ValueError, match="Unknown tap"):
+        plot_confusion(with_counts(matrix), "other")

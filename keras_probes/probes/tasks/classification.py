@@ -22,6 +22,7 @@ from keras_probes.probes.tasks.task import (
 from keras_probes.results.schema import wilson_interval
 
 SMOOTHING = 0.5  # examples more of each class: the log of none is nothing to begin at
+NO_LABEL = 255.0  # of labels that are bytes, as data sets of segmentation have it
 BY_CLASS = ("labelled", "right", "answered")  # examples of each class
 MOST_CONFUSED = 100  # classes: of more, the sums are not by class and answer
 UNSEEN = -1e9  # the bias of a class without examples, where it is never to be predicted
@@ -35,7 +36,7 @@ class Classification(Task):
 
     Attributes:
         outputs: Number of classes, at least 2.
-        ignored: The label of examples without one, beside numbers below 0 and NaN.
+        ignored: The label of examples without one, beside numbers below 0, NaN, and 255 of bytes.
         signed: Whether labels are -1 and 1, as a hinge loss takes them.
         whole: Whether a class without training examples is never predicted. Its examples count as
             errors, and not in the loss.
@@ -131,6 +132,8 @@ class Classification(Task):
             missing = (flat < 0) | tf.math.is_nan(flat)
             if self.ignored is not None:
                 missing |= flat == float(self.ignored)
+            if raw.dtype == tf.uint8 and self.outputs <= NO_LABEL:
+                missing |= flat == NO_LABEL
             valid = (flat < self.outputs) & (tf.round(flat) == flat)
             labels = tf.cast(flat, tf.int32)
         return tf.where(missing, MISSING, tf.where(valid, labels, WRONG))

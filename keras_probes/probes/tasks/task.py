@@ -90,7 +90,11 @@ class Clues:
     @property
     def rows(self) -> np.ndarray | None:
         """Labels at hand, float64, shape (n, columns); `None` if there are none."""
-        found = [np.asarray(y, "float64") for y in self.values if y.size and y.ndim <= 2]
+        found = [
+            np.where((y == 255) & (y.dtype == np.uint8), np.nan, y.astype("float64"))
+            for y in self.values
+            if y.size and y.ndim <= 2
+        ]
         found = [y.reshape(len(y), -1) for y in found]
         if not found or len({y.shape[1] for y in found}) > 1:
             return None
