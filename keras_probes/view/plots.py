@@ -221,15 +221,15 @@ def plot_per_class(
     frame = frame[frame["n"] > 0].sort_values("error", kind="stable")
     ax = ax or _new_axes(width=6.0, height=float(np.clip(1.2 + 0.2 * len(frame), 3.0, 12.0)))
     places = np.arange(len(frame))
-    interval = [frame["error"] - frame["ci_low"], frame["ci_high"] - frame["error"]]
+    error, low, high = (frame[name].to_numpy(float) for name in ("error", "ci_low", "ci_high"))
     ax.errorbar(
-        frame["error"], places, xerr=interval, fmt="o", markersize=4, color=APART[0],
+        error, places, xerr=[error - low, high - error], fmt="o", markersize=4, color=APART[0],
         elinewidth=1, capsize=2,
     )  # fmt: skip
     shown = thinned(len(frame), MOST_LABELS)
     ax.set_yticks(shown, [frame.index[place] for place in shown], fontsize=8)
     ax.set_xlabel(f"error of the probe at {tap}")
-    ax.set_ylabel(frame.index.name)
+    ax.set_ylabel(str(frame.index.name))
     ax.set_xlim(left=0)
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
@@ -262,7 +262,8 @@ def plot_confusion(
         ValueError: As `ProbeResults.confusion`.
     """
     matrix = results.confusion(tap, split=split, target=target)
-    shares = matrix.div(matrix.sum(axis=1).clip(lower=1), axis=0)
+    counts = matrix.to_numpy(int)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = float(np.clip(2.0 + 0.3 * len(matrix), 4.0, 12.0))
     ax = ax or _new_axes(width=size + 1.0, height=size)
     image = ax.imshow(shares, cmap=COLORS, vmin=0, vmax=1)
@@ -271,10 +272,10 @@ def plot_confusion(
     ax.set_yticks(shown, names, fontsize=8)
     ax.set_xticks(shown, names, fontsize=8, rotation=90)
     if len(matrix) <= MOST_IN_LEGEND:
-        for row, column in np.ndindex(*matrix.shape):
-            light = shares.iat[row, column] < LIGHT
+        for (row, column), count in np.ndenumerate(counts):
+            light = shares[row, column] < LIGHT
             ax.text(
-                column, row, matrix.iat[row, column], ha="center", va="center", fontsize=8,
+                column, row, str(count), ha="center", va="center", fontsize=8,
                 color="white" if light else "black",
             )  # fmt: skip
     ax.set_xlabel(f"answer of the probe at {tap}")
