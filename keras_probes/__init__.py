@@ -9,6 +9,7 @@ from keras_probes.offline.fit import fit_probes
 from keras_probes.offline.store import FeatureStore
 from keras_probes.results.record import ProbeResults
 from keras_probes.taps.reduce import (
+    AtPositions,
     Flatten,
     GlobalAverage,
     RandomFeatures,
@@ -21,6 +22,7 @@ from keras_probes.view.graph import plot_probed_model
 __version__ = "0.1.0"
 
 __all__ = [
+    "AtPositions",
     "FeatureStore",
     "Flatten",
     "GlobalAverage",

@@ -58,8 +58,11 @@ class Positions:
             flat = tf.random.stateless_uniform(
                 shape, (self.seed, 11), 0, tf.reduce_prod(sizes), tf.int32
             )
-        cells = tf.transpose(tf.unravel_index(tf.reshape(flat, [-1]), sizes))
-        return tf.reshape(cells, (*shape, self.axes)), sizes
+        cells: list[tf.Tensor] = []  # by hand: XLA knows no unravel_index, and no repeat
+        for axis in reversed(range(self.axes)):
+            cells.insert(0, flat % sizes[axis])
+            flat //= sizes[axis]
+        return tf.stack(cells, axis=-1), sizes
 
     def at(self, values: tf.Tensor, places: Places) -> tf.Tensor:
         """What there is at these places, shape (batch * P, ...).
@@ -75,7 +78,7 @@ class Positions:
 
     def of_each(self, values: tf.Tensor) -> tf.Tensor:
         """What there is of an example, shape (batch,), for each of its positions."""
-        return tf.repeat(values, self.per_example, axis=0)
+        return tf.reshape(tf.tile(values[:, None], (1, self.per_example)), [-1])
 
 
 @dataclasses.dataclass(frozen=True)

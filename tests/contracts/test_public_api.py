@@ -14,6 +14,7 @@ from keras_probes import LinearProbeCallback
 
 def test_names():
     assert sorted(keras_probes.__all__) == [
+        "AtPositions",
         "FeatureStore",
         "Flatten",
         "GlobalAverage",

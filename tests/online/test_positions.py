@@ -230,3 +230,16 @@ def test_positions_are_drawn_by_seed(sizes):
         many = tf.tile(labels[:1], (400, *[1] * axes))
         middle = np.asarray(whole.places(many)[0]).reshape(-1, axes).mean(axis=0)
         np.testing.assert_allclose(middle, (np.array(many.shape[1:]) - 1) / 2, rtol=0.03)
+
+
+def test_compiled_by_xla():
+    (x, y), validation = squares()
+    measured = []
+    for jit in (False, True):
+        model = unet()
+        loss = keras.losses.SparseCategoricalCrossentropy(ignore_class=-1)
+        model.compile("adam", loss, jit_compile=jit)
+        probes = LinearProbeCallback(["input", "fine", "coarse"], baselines=["shuffled"])
+        model.fit(x, y, 40, 2, validation_data=validation, callbacks=[probes], verbose=0)
+        measured.append(probes.results.measured("error")["value"])
+    np.testing.assert_allclose(*measured, atol=0.02)

@@ -258,3 +258,21 @@ def test_in_how_many_directions_features_vary(metrics, tmp_path):
             assert table.loc[tap, "directions"] == np.flatnonzero(held >= 0.99)[0] + 1
     offline = probes.refit((x, y), validation=None, test=None, l2=1e-3, verbose=False).table()
     np.testing.assert_allclose(offline["rank"], table["rank"], rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", list(CASES))
+def test_compiled_by_xla_and_without_arrays_at_hand(kind):
+    """As on a GPU, where XLA compiles steps by default; data as they come from a pipeline."""
+    (x, y), validation = data(kind)
+    outputs, loss, activation, _ = CASES[kind]
+    measured = []
+    for jit in (False, True):
+        model = host(outputs, loss, activation)
+        model.compile("adam", loss, jit_compile=jit)
+        probes = LinearProbeCallback(["input", "hidden"], metrics=METRICS[kind])
+        batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(32, drop_remainder=True)
+        held = tf.data.Dataset.from_tensor_slices(validation).batch(32, drop_remainder=True)
+        model.fit(batches, epochs=2, validation_data=held, callbacks=[probes], verbose=0)
+        assert probes.results.compare("input", "hidden").n == VAL
+        measured.append(probes.results.measured("error")["value"])
+    np.testing.assert_allclose(*measured, atol=0.02)
