@@ -119,17 +119,17 @@ class MultiLabel(Task):
         return dataclasses.replace(self, ranked=not RANKED.isdisjoint(metrics))
 
     def untrainable(self, tally: np.ndarray) -> str:
-        without, there = np.reshape(tally, (2, -1))
-        if np.any((without > 0) & (there > 0)):
+        absent = np.flatnonzero(np.reshape(tally, (2, -1))[1] == 0)
+        if not len(absent):
             return ""
-        return "Expected training rows with and without some label. Received: none of either kind"
+        shown = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
+        return (
+            "Expected training rows with each of the labels; leave others out with target=function "
+            f"of (x, y). Received: no 1 in columns {shown} of {self.outputs}"
+        )
 
-    def lacking(self, tally: np.ndarray) -> str:
-        rare = np.flatnonzero(np.reshape(tally, (2, -1))[1] == 0)
-        if not len(rare):
-            return ""
-        shown = ", ".join(map(str, rare[:10])) + (", ..." if len(rare) > 10 else "")
-        return f"{len(rare)} of {self.outputs} labels have no training row: {shown}."
+    def lacking(self, tally: np.ndarray) -> str:  # noqa: ARG002
+        return ""
 
     def predictions(self, output: Any) -> Any:
         if output is None or output.shape[1:] != [self.outputs] or self.threshold is None:
