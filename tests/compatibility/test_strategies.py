@@ -29,12 +29,14 @@ tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU"
 from hosts import compiled
 from keras_probes import LinearProbeCallback
 from keras_probes.probes import probe_set
+from keras_probes.probes.tasks import Task
 
 refit, given = probe_set.refit, []
 
 
 def listening(*arguments, **options):
-    given.append([np.asarray(argument).tolist() for argument in arguments])
+    arrays = [of for of in arguments if not isinstance(of, Task)]
+    given.append([np.asarray(argument).tolist() for argument in arrays])
     return refit(*arguments, **options)
 
 
@@ -87,6 +89,35 @@ def history_taps(history):
     return [key.removeprefix("probe_error/") for key in history if key.startswith("probe_error/")]
 
 
+def asked(strategy, task):
+    # Errors of probes of other tasks, and how those of two layers go together.
+    keras.utils.clear_session()
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(270, 4, 3)).astype("float32")
+    labels = {
+        "multilabel": (z.sum(axis=1) > [0.0, 1.0, -1.0]).astype("float32"),
+        "regression": 100 + 10 * z.sum(axis=(1, 2)),
+        "positions": (z[..., 0] > 0).astype("int32"),
+    }[task]
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4, 3))
+        h = keras.layers.Dense(8, "relu", name="hidden")(inputs)
+        if task != "positions":
+            h = keras.layers.GlobalAveragePooling1D(name="pool")(h)
+        model = keras.Model(inputs, keras.layers.Dense(1, name="out")(h))
+        model.compile("sgd", loss=lambda y, u: keras.ops.mean(u))
+    taps = ["input", "hidden"]
+    options = {} if task != "positions" else {"num_classes": 2}
+    probes = LinearProbeCallback(taps, reduce="auto", task=task, **options)
+    model.fit(
+        z[:200], labels[:200], batch_size=40, epochs=2, shuffle=False, verbose=0,
+        validation_data=(z[200:], labels[200:]), callbacks=[probes],
+    )
+    found = probes.results.compare(*taps)
+    return [*probes.results.measured("error")["value"], found.difference, found.n]
+
+
 mirrored = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
 one = tf.distribute.get_strategy()
 print(json.dumps({
@@ -96,6 +127,8 @@ print(json.dumps({
     "plain": run(mirrored, None),
     "shared": run(mirrored, "shared"),
     "isolated": run(mirrored, "isolated"),
+    "tasks": {t: [asked(s, t) for s in (one, mirrored)]
+              for t in ("multilabel", "regression", "positions")},
 }))
 """
 
@@ -137,6 +170,9 @@ def test_replicas_agree_with_one_device(replicas):
             np.testing.assert_allclose(got, argument, rtol=1e-2, atol=1e-3)
     last = {k.removeprefix("val_"): v[-1] for k, v in shared["history"].items() if "val_" in k}
     assert shared["tested"] == pytest.approx(last)
+    for task, (alone, together) in found["tasks"].items():
+        np.testing.assert_allclose(together, alone, atol=0.02, err_msg=task)
+        assert together[-1] == 70
 
 
 def test_strategies_that_keras_does_not_support_are_refused(digits):
