@@ -159,8 +159,7 @@ def _plan_at_positions(
             "Expected the labels of all targets to be of examples, or all of positions of one "
             "grid. Received: others. Extract them into a store for each."
         )
-    made = make_plan(plan.host, plan.input_spec, layers, reduce, seed, plan.prefix, first.axes)
-    return made, first.per_example
+    return plan.at_positions(layers, reduce, seed, first.axes), first.per_example
 
 
 def _checked(parts: dict[ArrayName, tf.Tensor], targets: list[Target]) -> Rows:

@@ -25,6 +25,7 @@ from keras_probes.probes.probe_set import ProbeSet, Sums, memory_of, parameters_
 from keras_probes.probes.resolve import (
     POSITIONS,
     Evidence,
+    expected_axes,
     expected_tasks,
     resolve_targets,
 )
@@ -88,6 +89,7 @@ class OnlineProbes:
         self._steps_before = 0  # number of steps the probes took before this epoch
         self._step = 0  # the one of them that is running
         self._every = 1  # probes take part in every so-manieth
+        self._axes: int | None = None  # of the positions that labels are of, if they are
 
     @property
     def built(self) -> bool:
@@ -154,6 +156,17 @@ class OnlineProbes:
                 self._plan = make_plan(
                     self.probed, input_spec, asked.layers, asked.reduce, asked.seed, prefix
                 )
+            self._axes = None
+            if input_spec is None:  # later, the labels tell
+                self._choose_positions(expected_axes(asked.target, self._evidence()))
+
+    def _choose_positions(self, axes: int | None) -> None:
+        """Picks those taps that have positions, where the labels are of these."""
+        if axes is not None:
+            asked = self._settings
+            with self.host.distribute_strategy.scope():
+                self._plan = self.plan.at_positions(asked.layers, asked.reduce, asked.seed, axes)
+            self._axes = axes
 
     def model(self) -> keras.Model:
         """The sibling Keras model: the host's tensors by tap name -> probabilities."""
@@ -205,7 +218,8 @@ class OnlineProbes:
         found = tasks or self._expected_tasks()
         return "\n".join(
             ("Asked" if name is None else f"{name!r} asks")
-            + f": {'not known before the data' if task is None else task.name + ', ' + task.about}."
+            + f": {'not known before the data' if task is None else task.name + ', ' + task.about}"
+            + (" at each position." if self._axes else ".")
             for name, task in found.items()
         )
 
@@ -341,7 +355,7 @@ class OnlineProbes:
             self._take_targets(targets)
         else:
             self.targets = targets
-            self._choose_taps_at_positions(x)
+            self._choose_positions(_axes_of(targets))
             self._check_memory()
             with self.host.distribute_strategy.scope():
                 self._add_snapshot(self.plan, [t for t in targets if t not in initial])
@@ -352,21 +366,6 @@ class OnlineProbes:
                 self._pending = None
         if "train" in (at_hand := self._labels_at_hand()):
             self._look_at_training_labels(at_hand["train"][0])
-
-    def _choose_taps_at_positions(self, input_spec: Any) -> None:
-        """Picks those taps that have positions, where the labels are of these."""
-        axes = {None if t.positions is None else t.positions.axes for t in self.targets}
-        if len(axes) > 1:
-            raise ValueError(
-                "Expected the labels of all targets to be of examples, or all of positions. "
-                "Received: both. Use a callback for each of the two."
-            )
-        if axes != {None}:
-            asked, prefix = self._settings, self.plan.prefix
-            with self.host.distribute_strategy.scope():
-                self._plan = make_plan(
-                    self.probed, input_spec, asked.layers, asked.reduce, asked.seed, prefix, *axes
-                )
 
     def _unpacked_spec(self, data_spec: Any) -> tuple[Any, Any, Any]:
         """The spec of what probes see of a batch."""
@@ -603,6 +602,17 @@ def _of_today(
 def mebibytes(size: float) -> str:
     """A number of bytes in words."""
     return f"{size / 2**20:,.1f} MiB"
+
+
+def _axes_of(targets: Iterable[Target]) -> int | None:
+    """Number of axes of the positions that labels are of; `None` where they are of examples."""
+    axes = {None if t.positions is None else t.positions.axes for t in targets}
+    if len(axes) > 1:
+        raise ValueError(
+            "Expected the labels of all targets to be of examples, or all of positions. "
+            "Received: both. Use a callback for each of the two."
+        )
+    return axes.pop()
 
 
 def _check_metrics(metrics: Sequence[str], targets: Sequence[Target]) -> None:

@@ -152,13 +152,26 @@ def expected_tasks(
     evidence: Evidence,
 ) -> dict[str | None, Task | None]:
     """The task of each target as far as it is known before any data; else `None`."""
-    tasks = {}
+    tasks, axes = {}, expected_axes(target, evidence)
     for name, select in named_targets(target).items():
-        output, asked = evidence.output_of(select), _given(task, name)
-        axes = (output.shape.rank or 0) - 2 if output is not None else 0
-        clues = evidence.clues(name, select, None, _given(num_classes, name), axes or None)
+        asked = _given(task, name)
+        clues = evidence.clues(name, select, None, _given(num_classes, name), axes)
         tasks[name] = task_of(clues, None if asked == POSITIONS else asked)
     return tasks
+
+
+def expected_axes(target: Any, evidence: Evidence) -> int | None:
+    """Number of axes of the positions that labels are likely to be of; `None` if of none.
+
+    It is told by an output with as many, and a loss that compares it with labels.
+    """
+    found = set()
+    for select in named_targets(target).values():
+        output = evidence.output_of(select)
+        known = output is not None and evidence.loss_of(select) is not None
+        rank = (output.shape.rank or 0) if known and output is not None else 0
+        found.add(rank - 2 if rank > 2 else None)
+    return found.pop() if len(found) == 1 else None
 
 
 def named_targets(target: Any) -> Mapping[str | None, Any]:

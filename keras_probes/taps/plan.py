@@ -261,6 +261,20 @@ class TapPlan:
             outputs = call_at_inference(self.host, x)
         return self.features(recording, places), outputs
 
+    def at_positions(self, layers: Selector, reduce: Reduce, seed: int, axes: int) -> "TapPlan":
+        """The plan of the same host for labels that are of positions.
+
+        Args:
+            layers: Where to look, as for `make_plan`; likewise the next two.
+            reduce: What is kept of the channels.
+            seed: Of random subsets.
+            axes: Number of axes of the positions.
+
+        Raises:
+            TypeError, ValueError: As `make_plan`; a tap that was asked for has no such positions.
+        """
+        return _planned(self, layers, reduce, seed, axes)
+
     def with_weights_as_now(self) -> "TapPlan":
         """The same taps of the host as it is now, whatever becomes of it."""
         pairs = [
@@ -297,7 +311,6 @@ def make_plan(
     reduce: Reduce,
     seed: int,
     prefix: str = "",
-    positions: int | None = None,
 ) -> TapPlan:
     """Chooses the taps of a host and how features are made of them.
 
@@ -309,7 +322,6 @@ def make_plan(
         reduce: How features are made, likewise.
         seed: Seed of random feature subsets.
         prefix: What the names of taps begin with.
-        positions: Number of axes of the positions that labels are of, if they are.
 
     Returns:
         The `TapPlan`.
@@ -319,7 +331,16 @@ def make_plan(
             ambiguous, or a tap's static shape is not enough.
     """
     spec = _traced_spec(host, input_spec)
-    graph = trace(host, spec, prefix)
+    return _planned(
+        TapPlan(host, trace(host, spec, prefix), spec, (), prefix), layers, reduce, seed
+    )
+
+
+def _planned(
+    plan: TapPlan, layers: Selector, reduce: Reduce, seed: int, positions: int | None = None
+) -> TapPlan:
+    """A plan with the taps that are asked for, as `make_plan` or `TapPlan.at_positions` says."""
+    graph = plan.graph
     selected = select(graph, layers)
     _check_globs(selected.taps, reduce)
     reduced, left_out = [], dict(selected.left_out)
@@ -333,7 +354,7 @@ def make_plan(
     if not reduced:
         reasons = "; ".join(f"{name!r}: {reason}" for name, reason in left_out.items())
         raise ValueError(f"`layers` picks nothing that can be probed. {reasons}")
-    return TapPlan(host, graph, spec, tuple(reduced), prefix, left_out)
+    return dataclasses.replace(plan, taps=tuple(reduced), left_out=left_out)
 
 
 def _traced_spec(host: keras.Model, input_spec: Any) -> Any:

@@ -243,3 +243,14 @@ def test_compiled_by_xla():
         model.fit(x, y, 40, 2, validation_data=validation, callbacks=[probes], verbose=0)
         measured.append(probes.results.measured("error")["value"])
     np.testing.assert_allclose(*measured, atol=0.02)
+
+
+def test_summary_says_what_is_asked_before_training():
+    text = []
+    LinearProbeCallback().summary(unet(), text.append)
+    assert "AtPositions" in text[0]
+    assert "Asked: classification, 3 classes at each position." in text
+    text.clear()
+    model, _, _ = tagging()
+    LinearProbeCallback().summary(model, text.append)
+    assert "Asked: classification, 3 classes at each position." in text

@@ -277,3 +277,13 @@ def test_compiled_by_xla_and_without_arrays_at_hand(kind):
         assert probes.results.compare("input", "hidden").n == VAL
         measured.append(probes.results.measured("error")["value"])
     np.testing.assert_allclose(*measured, atol=0.02)
+
+
+def test_summary_says_what_is_asked_before_training():
+    for kind, asked in (
+        ("multilabel", "Asked: multilabel, 3 labels at once."),
+        ("regression", "Asked: regression, a number."),
+    ):
+        text = []
+        LinearProbeCallback().summary(host(*CASES[kind]), text.append)
+        assert asked in text
