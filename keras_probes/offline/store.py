@@ -401,10 +401,9 @@ def _of_today(manifest: Mapping[str, Any]) -> dict[str, Any]:
     of_first = manifest["format"] == 1
     targets = [
         {"name": t["name"], "task": "classification", "outputs": t["num_classes"]}
-        for t in manifest["targets"]
-        if of_first
+        for t in (manifest["targets"] if of_first else ())
     ]
-    return {"rows_per_example": 1, **manifest, **({"targets": targets} if of_first else {})}
+    return {**manifest, "targets": targets, "rows_per_example": 1} if of_first else dict(manifest)
 
 
 def _zarr() -> Any:

@@ -414,7 +414,10 @@ class OnlineProbes:
                 reason = task.untrainable(tally.numpy()[0])
                 # Of labels that are wrong or missing, `check` tells.
                 if reason and not tf.reduce_any(state == WRONG) and tf.reduce_any(state == 0):
-                    raise ValueError(f"{reason}, among the labels that fit was given.")
+                    raise ValueError(
+                        f"{reason}, among the labels that fit was given. Probes learn nothing from "
+                        "these: give others with target=, or leave the callback out."
+                    )
                 self._take_scale(target, labels)
 
     def _take_scale(self, target: Target, labels: tf.Tensor) -> None:

@@ -12,7 +12,7 @@ from keras_probes import LinearProbeCallback
 
 def refused(model, wanted, error, message, x=None, y=None):
     x = np.zeros((8, *model.inputs[0].shape[1:]), "float32") if x is None else x
-    y = np.zeros(len(x), "int64") if y is None else y
+    y = np.arange(len(x)) % 2 if y is None else y
     before = [w.copy() for w in model.get_weights()]
     with pytest.raises(error, match=message):
         compiled(model).fit(x, y, callbacks=[LinearProbeCallback(wanted)], verbose=0)

@@ -169,7 +169,7 @@ def test_what_is_asked_for_goes_first():
     ("options", "parts"),
     [
         ({"at_hand": np.array([0.0, 1.0, 1.0])}, ["'classification', 'regression'", "task="]),
-        ({"task": "multilabel", "y": SPEC((None, 4, 4), "float32")}, ["one per token"]),
+        ({"task": "multilabel", "y": SPEC((None, 4, 4), "float32")}, ["one at each position"]),
         ({"task": {"typo": "regression"}}, ["names of targets", "'typo'"]),
         ({"y": SPEC((None,), "string")}, ["to be numbers", "np.unique"]),
     ],
