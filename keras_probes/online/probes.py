@@ -17,20 +17,19 @@ import tensorflow as tf
 
 from keras_probes.capture.keras_run import labels_at_hand
 from keras_probes.capture.steps import Kind, Part, has_own_step
+from keras_probes.online.asked import about, axes_of, known_of, targets_of
 from keras_probes.online.measured import Measured
 from keras_probes.online.refit import Progress, Refitter, Snapshot, costs_of
 from keras_probes.online.settings import Settings
 from keras_probes.probes.optimizer import own_optimizer
 from keras_probes.probes.probe_set import ProbeSet, Sums, memory_of, parameters_of
 from keras_probes.probes.resolve import (
-    POSITIONS,
     Evidence,
     expected_axes,
     expected_tasks,
-    resolve_targets,
 )
 from keras_probes.probes.spectrum import SPECTRUM
-from keras_probes.probes.targets import RandomTarget, Target
+from keras_probes.probes.targets import Target
 from keras_probes.probes.tasks.task import MISSING, WRONG, Task
 from keras_probes.results.schema import Refit, name_of_baseline
 from keras_probes.taps.batches import examples_in
@@ -128,14 +127,7 @@ class OnlineProbes:
     @property
     def known(self) -> dict[str, Any]:
         """`task` and `num_classes` as they turned out, as the callback takes them; once `built`."""
-        tasks = {target.name: target.task for target in self.targets if not target.baseline}
-        names = {name: task.name for name, task in tasks.items()}
-        if self.targets[0].positions is not None:  # the shape of the labels says so again
-            names = {n: POSITIONS if of == "classification" else of for n, of in names.items()}
-        counts = {n: task.outputs for n, task in tasks.items() if task.name == "classification"}
-        if None in tasks:
-            return {"task": names[None], "num_classes": counts.get(None)}
-        return {"task": names, "num_classes": counts}
+        return known_of(self.targets)
 
     def choose_taps(self, input_spec: Any = None) -> None:
         """Looks at the host and picks the taps, unless the probes are there already.
@@ -322,42 +314,23 @@ class OnlineProbes:
     def prepare(self, data_spec: Any) -> None:
         x, y, _ = self._unpacked_spec(data_spec)
         self.choose_taps(x)
-        wanted = self._settings
-        known = {"task": wanted.task, "num_classes": wanted.num_classes}
-        targets = resolve_targets(
-            wanted.target,
-            x_spec=x,
-            y_spec=y,
-            evidence=self._evidence(),
-            weigh=wanted.sample_weight,
-            seed=wanted.seed,
-            **(self.known if self.built else known),
-        )
-        targets = [dataclasses.replace(t, task=t.task.measuring(wanted.metrics)) for t in targets]
-        _check_metrics(wanted.metrics, targets)
-        controls = [
-            RandomTarget(t.name, t.select, t.task, t.weigh, "shuffled", t.positions)
-            for t in targets
-            if "shuffled" in wanted.baselines
-        ]
-        initial = [
-            dataclasses.replace(t, baseline="initial")
-            for t in targets
-            if "initial" in wanted.baselines
-        ]
-        targets = [*targets, *controls, *initial]
-        if self.built and _about(targets) != _about(self.targets):
+        asked = self._settings
+        known = {"task": asked.task, "num_classes": asked.num_classes}
+        known = self.known if self.built else known
+        targets = targets_of(asked, known, x, y, self._evidence())
+        if self.built and about(targets) != about(self.targets):
             raise ValueError(
-                f"The probes were built for {_about(self.targets)}. Received: labels of "
-                f"{_about(targets)}. Use a new LinearProbeCallback for other labels."
+                f"The probes were built for {about(self.targets)}. Received: labels of "
+                f"{about(targets)}. Use a new LinearProbeCallback for other labels."
             )
         if self.built:
             self._take_targets(targets)
         else:
             self.targets = targets
-            self._choose_positions(_axes_of(targets))
+            self._choose_positions(axes_of(targets))
             self._check_memory()
             with self.host.distribute_strategy.scope():
+                initial = [target for target in targets if target.baseline == "initial"]
                 self._add_snapshot(self.plan, [t for t in targets if t not in initial])
                 if initial:
                     self._add_snapshot(self.plan.with_weights_as_now(), initial)
@@ -605,30 +578,3 @@ def _of_today(
 def mebibytes(size: float) -> str:
     """A number of bytes in words."""
     return f"{size / 2**20:,.1f} MiB"
-
-
-def _axes_of(targets: Iterable[Target]) -> int | None:
-    """Number of axes of the positions that labels are of; `None` where they are of examples."""
-    axes = {None if t.positions is None else t.positions.axes for t in targets}
-    if len(axes) > 1:
-        raise ValueError(
-            "Expected the labels of all targets to be of examples, or all of positions. "
-            "Received: both. Use a callback for each of the two."
-        )
-    return axes.pop()
-
-
-def _check_metrics(metrics: Sequence[str], targets: Sequence[Target]) -> None:
-    """Refuses a metric that no target can be measured by."""
-    of_tasks = (metric for target in targets for metric in target.task.measurable)
-    known = dict.fromkeys((*of_tasks, *SPECTRUM))
-    for metric in metrics:
-        if metric not in known:
-            raise ValueError(
-                f"Expected metrics= of {', '.join(sorted({t.task.name for t in targets}))}: "
-                f"{', '.join(map(repr, known))}. Received: {metric!r}."
-            )
-
-
-def _about(targets: Iterable[Target]) -> str:
-    return ", ".join(t.task.about + (f" ({t.key!r})" if t.key is not None else "") for t in targets)

@@ -198,7 +198,7 @@ def _dead_segment(m: _Measures) -> Iterator[Finding]:
             "A skip connection carries the signal past them: they are not used and hardly get a "
             "gradient. Shorten the segment, or give it normalization or skips of its own."
             if bypassed
-            else f"Nothing of the classes is left there, up to {last!r} or to a branch beside. "
+            else f"Nothing of the labels is left there, up to {last!r} or to a branch beside. "
             "Look for saturated or dead activations, a learning rate too high, or a wrong input."
         )
         yield Finding("KP001", "Dead segment", "problem", tuple(segment), numbers, text + ".", why)
@@ -214,7 +214,7 @@ def _rises(m: _Measures) -> Iterator[Finding]:
             "KP002", "Error rises with depth", "warning", (above, tap), numbers,
             f"From {above!r} to {tap!r} it goes from {numbers['before']:.3f} to "
             f"{numbers['at']:.3f} (p = {numbers['p']:.1g}).",
-            "A linear probe tells the classes apart less well there. In the middle of a block that "
+            "A linear probe reads less of the labels there. In the middle of a block that "
             "is common; at its end, look at the width of the layer and at how it is trained.",
         )  # fmt: skip
 
@@ -242,7 +242,7 @@ def _plateau(m: _Measures) -> Iterator[Finding]:
                 {"least": min(errors), "most": max(errors), "margin": MARGIN},
                 f"The {len(run) - 1} layers after {first!r}, up to {run[-1]!r}, change the error "
                 f"by less than {MARGIN:g}: it is {min(errors):.3f} to {max(errors):.3f}.",
-                "For these classes they could be left out, or the head be put before them.",
+                "For these labels they could be left out, or the head be put before them.",
             )  # fmt: skip
         place += len(run) - 1 or 1
 
@@ -339,7 +339,7 @@ def _not_monotonic(m: _Measures) -> Iterator[Finding]:
             {"tau": tau, "ci_low": low, "ci_high": high},
             f"Kendall's tau of error and depth is {tau:.2f} along {len(trunk)} layers (of errors "
             f"drawn anew, 95% have {low:.2f} to {high:.2f}); -1 is a fall at every layer.",
-            "A trained classifier's layers tell the classes apart better and better. This one is "
+            "Layers of a trained model read its labels better and better. This one is "
             "not trained yet, or not for these labels.",
         )  # fmt: skip
 
