@@ -110,7 +110,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             numbers `"mse"` and `"mae"`, in the labels' own units. A target reports those that its
             task has. Of the features themselves `"rank"`, the effective rank, and `"directions"`,
             the number of directions that hold 99% of the variance, of the examples that probes are
-            refitted on; they are in the table in any case, as of the last epoch.
+            refitted on. They are in the table in any case, of a fit that comes to its last epoch.
         mode: `"shared"`: probes read the model's own forward pass, at almost no cost, and the
             model trains as without them up to rounding. `"isolated"`: they run a second forward
             pass, at inference, and the model trains bit for bit as without them.
@@ -200,6 +200,11 @@ class LinearProbeCallback(keras.callbacks.Callback):
             )
         for baseline in baselines:
             _one_of("baselines", baseline, BASELINES)
+        if refit == 0 and not set(SPECTRUM).isdisjoint(metrics):
+            raise ValueError(
+                f"The metrics {', '.join(map(repr, SPECTRUM))} are of the examples that probes are "
+                f"refitted on. Received: metrics={metrics!r} with refit=0."
+            )
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"Expected `seed` to be an integer. Received: seed={seed!r}.")
         if every != "auto" and (type(every) is not int or every < 1):

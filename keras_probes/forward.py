@@ -75,9 +75,9 @@ class ForwardPass:
     def _forward(self, batch: Any) -> tuple[dict[str, tf.Tensor], list, list, list]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         places = self._targets[0].places(x, y)
-        raw, outputs = self._plan.run(x, places)
+        raw, outputs, padding = self._plan.run(x, places)
         predicted = [target.predictions(outputs, places) for target in self._targets]
-        pairs = [t.labels_and_weights(x, y, sample_weight, places) for t in self._targets]
+        pairs = [t.labels_and_weights(x, y, sample_weight, places, padding) for t in self._targets]
         labels = [of_target for of_target, _ in pairs]
         raw = self._plan.check_rows(raw, labels[0])
         features = {tap: tf.cast(part, self._dtype) for tap, part in raw.items()}

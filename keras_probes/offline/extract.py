@@ -95,9 +95,12 @@ def extract_features(
     x_spec, y_spec, _ = keras.utils.unpack_x_y_sample_weight(batches.spec)
     plan = make_plan(model, x_spec, layers, reduce, seed)
     class_names = class_names or getattr(data, "class_names", None)
-    if class_names and target is None and task is None and num_classes is None:
-        num_classes = len(class_names)
-    evidence = Evidence(plan.graph.outputs, getattr(model, "loss", None), _labels_at_hand(data))
+    evidence = Evidence(
+        plan.graph.outputs,
+        getattr(model, "loss", None),
+        _labels_at_hand(data),
+        len(class_names) if class_names and target is None else None,
+    )
     targets = resolve_targets(
         target, num_classes, x_spec, y_spec, evidence, task=task, weigh=sample_weight, seed=seed
     )

@@ -280,23 +280,27 @@ class _Features:
         """Standardised features, float32, and the place of each block among the split's rows."""
         return self._held[split] if split in self._held else self._read(split)
 
+    @property
+    def _stride(self) -> int:
+        """Of the rows, every so-manieth tells of the spectrum."""
+        return max(1, len(self.splits["train"].places) // SPECTRUM_ROWS)
+
     @functools.cached_property
     def spectrum(self) -> Spectrum | None:
         """In how many directions the training rows vary; `None` of very many features."""
         if len(self.mean) > MOST_FEATURES:
             return None
-        stride = max(1, len(self.splits["train"].places) // SPECTRUM_ROWS)
         moments = np.zeros((len(self.mean), len(self.mean)), "float32")
         for z, _ in self.blocks("train"):
-            some = z[::stride]
+            some = z[:: self._stride]
             moments += tf.matmul(some, some, transpose_a=True).numpy()
         unit = np.divide(1, self.scale, out=np.zeros_like(self.scale), where=self.scale > 0)
-        return Spectrum.of_moments(tf.constant(unit[:, None] * moments * unit, tf.float32))
+        return Spectrum.of_moments(unit[:, None] * moments * unit)
 
     def rows_of_spectrum(self, target: str | None) -> Iterator[Row]:
         """That as measures, which stand beside those of a target."""
-        n = int(self.finite["train"].sum())
-        left_out = len(self.finite["train"]) - n
+        n = int(self.finite["train"].sum()) // self._stride
+        left_out = int(np.sum(self.finite["train"] == 0))
         for metric in SPECTRUM if self.spectrum is not None else ():
             value = float(getattr(self.spectrum, metric))
             yield Row(0, 0, "train", target, self.tap, metric, value, n, nonfinite=left_out)
@@ -385,7 +389,8 @@ class _TapFit:
         raw = {split: rows.labels(target) for split, rows in features.splits.items()}
         self._task, self._labels = task, raw
         if task.scaled:
-            self._scale = task.scale_of(raw["train"])
+            scale = task.scale_of(raw["train"])
+            self._scale = np.eye(2, 1)[::-1] * np.ones(task.outputs) if scale is None else scale
             self._task = task.in_units(self._scale)
             self._labels = {
                 split: task.standardised(labels, self._scale).astype("float32")
@@ -397,8 +402,7 @@ class _TapFit:
             for split, rows in features.splits.items()
         }
         self._tallies = {
-            split: self._tally(labels, np.ones(len(labels), "float32"))
-            for split, labels in self._labels.items()
+            split: self._task.tally_of(labels) for split, labels in self._labels.items()
         }
         # Of each example, NaN where it does not count, as last measured.
         self.errors: dict[Split, np.ndarray] = {
@@ -406,7 +410,7 @@ class _TapFit:
         }
         weights = self._weights["train"] * features.finite["train"]
         weights = weights * self._labelled("train")
-        self._check_labels(self._tally(self._labels["train"], weights))
+        self._check_labels(self._task.tally_of(self._labels["train"][weights > 0]))
         blocks = _Blocks(features, self._labels["train"], weights)
         problem = Problem(blocks, len(features.mean), self._task)
         self._fit = self._solve(problem, penalties, tol, max_passes)
@@ -528,10 +532,6 @@ class _TapFit:
     def _labelled(self, split: Split) -> np.ndarray:
         """Which examples have a label: float32, 0 or 1."""
         return (self._task.state(tf.constant(self._labels[split])).numpy() == 0).astype("float32")
-
-    def _tally(self, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """How often each label comes, as the task has it."""
-        return self._task.tally(tf.constant(labels), tf.constant(weights)[None]).numpy()[0]
 
     def _host_error(self, predicted: np.ndarray | None, labels: np.ndarray) -> float:
         """The host's own error; NaN if its predictions are not known."""

@@ -377,27 +377,30 @@ class OnlineProbes:
     def _look_at_training_labels(self, y: Any) -> None:
         """Refuses labels that no probe can be fitted to, and takes the scale of numbers."""
         for target in self.targets:
-            if not target.needs_x:
-                some = y
-                if target.positions is not None:
-                    some = keras.tree.map_structure(lambda of: of[:ENOUGH], y)
-                labels, task = target.labels(None, some), target.task
-                state = task.state(labels)
-                tally = task.tally(labels, tf.cast(state == 0, tf.float32)[None])
-                reason = task.untrainable(tally.numpy()[0])
-                # Of labels that are wrong or missing, `check` tells.
-                if reason and not tf.reduce_any(state == WRONG) and tf.reduce_any(state == 0):
+            if target.needs_x:
+                continue
+            some = y
+            if target.positions is not None:
+                stride = -(-len(keras.tree.flatten(y)[0]) // ENOUGH)
+                some = keras.tree.map_structure(lambda of, by=stride: of[::by], y)
+            labels, task = target.labels(None, some), target.task
+            self._take_scale(target, labels)
+            # Of labels that are wrong or missing, `check` tells; not all positions were looked at.
+            state = task.state(labels)
+            if task.strict and target.positions is None and not tf.reduce_any(state == WRONG):
+                tally = task.tally_of(labels)
+                reason = task.untrainable(tally) or task.lacking(tally)
+                if reason and tf.reduce_any(state == 0):
                     raise ValueError(
                         f"{reason}, among the labels that fit was given. Probes learn nothing from "
                         "these: give others with target=, or leave the callback out."
                     )
-                self._take_scale(target, labels)
 
     def _take_scale(self, target: Target, labels: tf.Tensor) -> None:
         """Takes the scale of numbers from some of them, where it is not known yet."""
         if target.task.scaled:
             found = (s.probes for s in self._snapshots if target.key in s.probes.targets)
-            next(found).set_scale(target.key, target.task.scale_of(labels.numpy()))
+            next(found).set_scale(target.key, labels.numpy())
 
     def _add_snapshot(self, plan: TapPlan, targets: list[Target]) -> None:
         tasks = {target.key: target.task for target in targets}
@@ -456,9 +459,16 @@ class OnlineProbes:
         for snapshot in self._snapshots:
             plan = snapshot.plan
             now = plan is self.plan
-            features = plan.features(recording, places) if now else plan.features_of(x, places)
+            if now:
+                features, padding = (
+                    plan.features(recording, places),
+                    plan.padding(recording, places),
+                )
+            else:
+                features, _, padding = plan.run(x, places)
             pairs = {
-                t.key: t.labels_and_weights(x, y, sample_weight, places) for t in snapshot.targets
+                t.key: t.labels_and_weights(x, y, sample_weight, places, padding)
+                for t in snapshot.targets
             }
             labels = {name: of_target for name, (of_target, _) in pairs.items()}
             weights = {name: of_target for name, (_, of_target) in pairs.items()}
@@ -466,8 +476,11 @@ class OnlineProbes:
                 first = next(iter(features))
                 features[first] = check_rows(features[first], label, _SEVERAL_VIEWS)
                 features = plan.check_rows(features, label)
-            step = snapshot.probes.test if kind == "test" else snapshot.probes.train
-            step(features, labels, weights)
+            if kind == "train":
+                snapshot.probes.train(features, labels, weights)
+            else:
+                examples = None if places is None else tf.shape(places[0])[0]
+                snapshot.probes.test(features, labels, weights, examples)
 
     def _look_at_rows(self, kind: Kind, recording: Recording, x: Any) -> None:
         """Refuses a step that reads other rows than those of x, as far as can be told."""
@@ -515,6 +528,11 @@ class OnlineProbes:
             What was measured.
         """
         sums, refit = self.sums(kind), None
+        targets = self.targets_in_units()  # as they were measured: a refit may change the scale
+        probes = [snapshot.probes for snapshot in self._snapshots]
+        by_target = {target: each for each in probes for target in each.targets}
+        known = {t: each.tally("train", t) for t, each in by_target.items()}
+        counts = {t: each.tally(kind, t) for t, each in by_target.items()}
         examples = 0
         for target in self.targets:
             of_tap = next(iter(sums[target.key].values()))
@@ -531,16 +549,14 @@ class OnlineProbes:
             of_epoch = round(examples * steps / math.ceil(steps / self._every))
             spectra = last or not set(SPECTRUM).isdisjoint(self._settings.metrics)
             refit = self._refitter.refit(of_epoch, self._snapshots, progress, spectra)
-        probes = [snapshot.probes for snapshot in self._snapshots]
-        by_target = {target: each for each in probes for target in each.targets}
         return Measured(
             step=self.steps,
             first_pass=kind == "train" and self._first_pass,
             sums=sums,
             certificates={k: v for each in probes for k, v in each.certificates(kind).items()},
-            targets=self.targets_in_units(),
-            known={t: each.tally("train", t) for t, each in by_target.items()},
-            counts={t: each.tally(kind, t) for t, each in by_target.items()},
+            targets=targets,
+            known=known,
+            counts=counts,
             pairs={t: m for each in probes if kind == "test" for t, m in each.pairs().items()},
             refit=refit,
             spectra=dict(self.probes.spectra) if kind == "train" else {},

@@ -102,7 +102,8 @@ class Refitter:
             examples = self._steps * sum(map(examples_in, batches))
             wanted, _ = costs_of(snapshots).refit(self._share, examples, MAX_EXAMPLES)
             self._sample.stride = max(1, examples // wanted)
-        features = len(snapshots) * sum(snapshots[0].plan.n_features.values())
+        rows = len(snapshots) * snapshots[0].probes.rows_per_example
+        features = rows * sum(snapshots[0].plan.n_features.values())
         self._sample.add(step, batches, 4 * features)
 
     def refit(

@@ -217,7 +217,8 @@ class LinearHeads(keras.layers.Layer):
     def call(self, inputs):
         answers = self.activation(self.mean_outputs(inputs))
         if self.scale is not None:
-            answers = answers * self.scale[1] + self.scale[0]
+            spread = ops.where(self.scale[1] > 0, self.scale[1], 1.0)
+            answers = answers * spread + self.scale[0]
         return ops.unstack(answers, self.n_taps)
 
     def outputs(self, inputs: tf.Tensor) -> tf.Tensor:

@@ -206,11 +206,25 @@ class ProbeSet:
         chosen = tf.convert_to_tensor(heads.l2)
         return tf.where(chosen > 0, chosen, 1.0 / tf.convert_to_tensor(self._examples))
 
-    def test(self, features: Features, labels: Labels, weights: Labels) -> None:
-        """Measures a batch; arguments as for `train`."""
+    def test(
+        self,
+        features: Features,
+        labels: Labels,
+        weights: Labels,
+        examples: tf.Tensor | int | None = None,
+    ) -> None:
+        """Measures a batch; arguments as for `train`.
+
+        Args:
+            features: By tap.
+            labels: By target.
+            weights: By target.
+            examples: Of how many examples these are; by default each row is one.
+        """
         labels = self._standardised(labels)
         x, finite = self._finite(self._stacked(features))
-        self._add_up("test", self._standardize.standardized(x), finite, labels, weights)
+        z = self._standardize.standardized(x)
+        self._add_up("test", z, finite, labels, weights, examples)
 
     def sizes(self) -> list[tuple[int, int]]:
         """Number of features and of outputs of each probe."""
@@ -248,6 +262,9 @@ class ProbeSet:
         """
         self.spectra.clear()
         found: dict[tuple[str | None, str], tuple[float, float]] = {}
+        for target, task in self.tasks.items():
+            if task.scaled:
+                self._rescale(target, labels[target].numpy())
         labels = self._standardised(labels)
         total = len(self.targets) * len(self.taps)
         options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed,
@@ -351,6 +368,7 @@ class ProbeSet:
         finite: tf.Tensor,
         labels: Labels,
         weights: Labels,
+        examples: tf.Tensor | int | None = None,
     ) -> dict[str | None, tf.Tensor]:
         """Takes a batch into the sums; returns its own by target, a row a tap."""
         of_batch = {}
@@ -364,7 +382,7 @@ class ProbeSet:
             self._sums[kind, target].assign_add(of_batch[target])
             labelled = tf.cast(task.state(labels[target]) == 0, tf.float32)
             if kind == "test" and target in self._pairs:
-                pairs = pair_moments(*self._of_examples(errors, finite * labelled))
+                pairs = pair_moments(*_of_examples(errors, finite * labelled, examples))
                 self._pairs[target].assign_add(sum_over_replicas(pairs))
             tally = task.tally(labels[target], labelled[None])
             self._tallies[kind, target].assign_add(sum_over_replicas(tally[0]))
@@ -372,16 +390,34 @@ class ProbeSet:
 
     def scale(self, target: str | None) -> np.ndarray:
         """Mean and spread of the numbers that a target predicts, float64, shape (2, outputs)."""
-        scale = self._groups[0].heads[target].scale
-        assert scale is not None
-        return scale.numpy().astype("float64")
+        variable = self._groups[0].heads[target].scale
+        assert variable is not None
+        centre, spread = variable.numpy().astype("float64")
+        return np.stack([centre, np.where(spread > 0, spread, 1.0)])
 
-    def set_scale(self, target: str | None, scale: np.ndarray) -> None:
-        """Says what they are, unless that is known: probes that have trained go on in the same."""
+    def set_scale(self, target: str | None, labels: np.ndarray) -> None:
+        """Takes them from some labels, where they are not known and can be told."""
         for group in self._groups:
             known = group.heads[target].scale
-            if known is not None and not known.numpy()[1].all():
+            scale = self.tasks[target].scale_of(labels)
+            if known is not None and scale is not None and not known.numpy()[1].all():
                 known.assign(scale)
+
+    def _rescale(self, target: str | None, labels: np.ndarray) -> None:
+        """Takes the scale from a sample in the first refit: a first batch may tell it badly."""
+        task, old = self.tasks[target], self.scale(target)
+        new = task.scale_of(labels)
+        if new is None or any(group.heads[target].l2.numpy().any() for group in self._groups):
+            return
+        for group in self._groups:
+            heads = group.heads[target]
+            assert heads.scale is not None
+            heads.scale.assign(new)
+            for kernel, bias in zip(*heads.averaged, strict=True):
+                kernel.assign(kernel * (old[1] / new[1]))
+                bias.assign((bias * old[1] + old[0] - new[0]) / new[1])
+        tally = self._tallies["train", target]
+        tally.assign(task.rescaled(tally.value.numpy(), old, new))
 
     def tasks_in_units(self) -> dict[str | None, Task]:
         """The tasks, which measure in the labels' own units."""
@@ -395,18 +431,12 @@ class ProbeSet:
         found = dict(labels)
         for target, task in self.tasks.items():
             if task.scaled:
-                scale = tf.convert_to_tensor(self._groups[0].heads[target].scale)
+                centre, spread = tf.unstack(
+                    tf.convert_to_tensor(self._groups[0].heads[target].scale)
+                )
+                scale = centre, tf.where(spread > 0, spread, 1.0)
                 found[target] = task.standardised(labels[target], scale)
         return found
-
-    def _of_examples(self, errors: tf.Tensor, counts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Mean errors of examples, and which count, of those of their rows: (T, examples)."""
-        if self.rows_per_example == 1:
-            return errors, counts
-        shape = (len(self.taps), -1, self.rows_per_example)
-        n = tf.reduce_sum(tf.reshape(counts, shape), axis=2)
-        total = tf.reduce_sum(tf.reshape(errors * counts, shape), axis=2)
-        return tf.math.divide_no_nan(total, n), tf.cast(n > 0, tf.float32)
 
     def reset_sums(self, kind: Literal["train", "test"]) -> None:
         """Starts a new epoch of training, or a new evaluation."""
@@ -520,6 +550,18 @@ class ProbeSet:
 
     def _trainable(self) -> list[keras.Variable]:
         return [variable for heads in self._heads() for variable, _ in heads.averaged]
+
+
+def _of_examples(
+    errors: tf.Tensor, counts: tf.Tensor, examples: tf.Tensor | int | None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean errors of examples, and which count, of those of their rows: (T, examples)."""
+    if examples is None:
+        return errors, counts
+    shape = tf.stack([tf.shape(errors)[0], examples, -1])
+    n = tf.reduce_sum(tf.reshape(counts, shape), axis=2)
+    total = tf.reduce_sum(tf.reshape(errors * counts, shape), axis=2)
+    return tf.math.divide_no_nan(total, n), tf.cast(n > 0, tf.float32)
 
 
 def pair_moments(errors: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:

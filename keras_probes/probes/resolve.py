@@ -5,6 +5,7 @@ In: `target=`, `task=`, `num_classes=`, specs of the data, and evidence. Out: `T
 
 import contextlib
 import dataclasses
+import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from keras_probes.probes.targets import Positions, Select, Target, output_of, pi
 from keras_probes.probes.tasks import Clues, Task, task_of
 
 POSITIONS = "positions"  # as `task=` has it: a class at each position of an example
-AT_HAND = 100  # examples whose positions are looked at
+AT_HAND = 2**20  # positions that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Evidence:
         outputs: Structure of `tf.TensorSpec` the host returns.
         loss: As given to `compile`: a loss, or a structure of losses; `None` if there is none.
         labels: Labels at hand, structures of arrays as `y`.
+        n_names: Number of names of classes that the data come with.
     """
 
     outputs: Any
     loss: Any = None
     labels: Sequence[Any] = ()
+    n_names: int | None = None
 
     def loss_of(self, select: Select) -> Any:
         """The loss that compares an output with the labels `select` picks; `None` if unknown."""
@@ -80,10 +83,16 @@ class Evidence:
         output, values = self.output_of(select), self.labels_of(select)
         if axes is not None:
             labels, output = (_of_position(spec, axes) for spec in (labels, output))
-            few = [y[:AT_HAND] for y in values if y.ndim > axes]
+            few = [y[: max(1, AT_HAND // math.prod(y.shape[1:]))] for y in values if y.ndim > axes]
             values = [y.reshape(-1, *y.shape[1 + axes :]) for y in few]
         return Clues(
-            _describe(name, select), labels, output, self.loss_of(select), values, num_classes
+            _describe(name, select),
+            labels,
+            output,
+            self.loss_of(select),
+            values,
+            num_classes,
+            self.n_names,
         )
 
 
@@ -280,8 +289,11 @@ def _axes_of_positions(
     """
     rank, rank_of_output = labels.shape.rank or 0, (output.shape.rank or 0) if output else 0
     known = rank_of_output - 2 if rank_of_output > 2 else None
-    if known is not None and rank in (known + 1, known + 2) and labels.shape[1] != 1:
-        return known
+    if output is not None and known is not None and rank in (known + 1, known + 2):
+        sizes = slice(1, 1 + known)
+        same = labels.shape[sizes].is_compatible_with(output.shape[sizes])
+        if same and labels.shape[1] != 1:
+            return known
     if asked == POSITIONS and rank > 1:
         # One column is no axis; without an output, so many are.
         return rank - 2 if rank > 2 and labels.shape[-1] == 1 else rank - 1

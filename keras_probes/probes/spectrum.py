@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 HELD = 0.99  # of the variance
+MOST = 2048  # of both features and examples; of more examples, some are looked at
 SPECTRUM = ("rank", "directions")  # what is measured of a tap's features, whatever the task
 
 
@@ -32,18 +33,25 @@ class Spectrum:
     @classmethod
     def of(cls, centred: tf.Tensor) -> "Spectrum":
         """Of centred features, float32, shape (n, n_features)."""
+        if min(centred.shape) > MOST:
+            centred = centred[:: -(-centred.shape[0] // MOST)]
         wide = centred.shape[1] > centred.shape[0]
-        return cls.of_moments(tf.matmul(centred, centred, transpose_a=not wide, transpose_b=wide))
+        # Any size of the features does: neither number depends on it.
+        unit = tf.math.divide_no_nan(centred, tf.reduce_max(tf.abs(centred)))
+        products = tf.matmul(unit, unit, transpose_a=not wide, transpose_b=wide)
+        return cls.of_moments(products.numpy())
 
     @classmethod
-    def of_moments(cls, moments: tf.Tensor) -> "Spectrum":
+    def of_moments(cls, moments: np.ndarray) -> "Spectrum":
         """Of their second moments, shape (n_features, n_features), or products of examples."""
+        largest = np.abs(moments).max()
+        if not largest > 0:
+            return cls(0.0, 0)
         # By TensorFlow, whose threads don't wait busily beside those of the host.
-        values = tf.linalg.eigvalsh(moments).numpy().astype("float64")[::-1]
+        values = tf.linalg.eigvalsh(tf.constant(moments / largest, tf.float32))
+        values = values.numpy().astype("float64")[::-1]
         # Below that, float32 does not distinguish one from none.
         values = np.where(values > 1e-6 * len(values) ** 0.5 * values[0], values, 0.0)
-        if not values[0] > 0:
-            return cls(0.0, 0)
         shares = np.sqrt(values[values > 0])
         shares /= shares.sum()
         held = np.cumsum(values) / values.sum()

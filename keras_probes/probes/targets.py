@@ -76,9 +76,9 @@ class Positions:
         found = tf.gather_nd(values, cells * own // sizes, batch_dims=1)
         return tf.reshape(found, (-1, *values.shape[1 + self.axes :]))
 
-    def of_each(self, values: tf.Tensor) -> tf.Tensor:
+    def of_each(self, values: tf.Tensor, places: Places) -> tf.Tensor:
         """What there is of an example, shape (batch,), for each of its positions."""
-        return tf.reshape(tf.tile(values[:, None], (1, self.per_example)), [-1])
+        return tf.reshape(tf.tile(values[:, None], (1, tf.shape(places[0])[1])), [-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,12 @@ class Target:
         return pick(self.select, x, y)
 
     def labels_and_weights(
-        self, x: Any, y: Any, sample_weight: Any, places: Places | None = None
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        places: Places | None = None,
+        padding: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Labels of a batch, marked where a weight is 0, and weights.
 
@@ -146,6 +151,7 @@ class Target:
             y: The host's labels.
             sample_weight: What the host was given: `None`, a tensor, or a structure as `y`.
             places: As for `labels`.
+            padding: Which labels are of padding, bool, one for each; `None` if none is known to be.
 
         Returns:
             Labels as the task has them, and weights, float32, one for each label.
@@ -153,7 +159,8 @@ class Target:
         places = self.places(x, y) if places is None else places
         labels = self.labels(x, y, places)
         weights = self._weights(x, y, sample_weight, labels, places)
-        return self.task.without(labels, weights == 0.0, WEIGHTLESS), weights
+        without = weights == 0.0 if padding is None else (weights == 0.0) | padding
+        return self.task.without(labels, without, WEIGHTLESS), weights
 
     def predictions(self, outputs: Any, places: Places | None = None) -> Any:
         """The host's own answers to a batch.
@@ -233,11 +240,11 @@ class Target:
             keyed = self.select is not None and not callable(self.select)
             sample_weight = pick(self.select, None, sample_weight) if keyed else None
         if sample_weight is None:
-            return tf.ones(tf.shape(places[0])[0] * positions.per_example)
+            return tf.ones(tf.reduce_prod(tf.shape(places[0])[:2]))
         weights = tf.cast(sample_weight, tf.float32)
         if (weights.shape.rank or 0) > positions.axes:
             return tf.reshape(positions.at(weights, places), (-1,))
-        return positions.of_each(tf.reshape(weights, (-1,)))
+        return positions.of_each(tf.reshape(weights, (-1,)), places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +262,7 @@ class RandomTarget(Target):
         without = self.task.state(super().labels(x, y, places)) < 0
         keys = _hash(x)
         if self.positions is not None and places is not None:
-            keys = _hash_of_places(self.positions.of_each(keys), places)
+            keys = _hash_of_places(self.positions.of_each(keys, places), places)
         return self.task.without(self.task.random(keys), without, MISSING)
 
 

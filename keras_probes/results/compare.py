@@ -118,14 +118,13 @@ def _paired(pairs: Pairs, row: Any, row_of_other: Any) -> Comparison:
 
 
 def _independent(row: Any, row_of_other: Any) -> Comparison:
-    stats = _stats()
     difference = row["value"] - row_of_other["value"]
     deviation = math.hypot(deviation_of(row), deviation_of(row_of_other))
     z = _ratio(difference, deviation)
     half = Z_95 * deviation
     return Comparison(
         row.name, row_of_other.name, difference, difference - half, difference + half,
-        float(2 * stats.norm.sf(abs(z))), float(stats.norm.sf(z)),
+        math.erfc(abs(z) / math.sqrt(2)), math.erfc(z / math.sqrt(2)) / 2,
         int(min(row["n"], row_of_other["n"])), INDEPENDENT,
     )  # fmt: skip
 

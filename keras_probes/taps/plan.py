@@ -33,6 +33,7 @@ from keras_probes.taps.reduce import (
     UnfitTapError,
     reduction_at_positions,
     reduction_for,
+    values_at,
 )
 from keras_probes.taps.select import Selector, glob_match, nearest, select
 
@@ -193,6 +194,22 @@ class TapPlan:
             features[name] = reduced.features(tensor, mask, places)
         return features
 
+    def padding(self, recording: Recording, places: Places | None) -> tf.Tensor | None:
+        """Which positions the host's masks leave out, bool, shape (batch * P,); `None` if none.
+
+        Args:
+            recording: What was recorded while the host ran.
+            places: The positions, of a sequence; masks know of no others.
+        """
+        if places is None or places[0].shape[-1] != 1:
+            return None
+        layers = {self.graph.masked.get(name) for name in self.n_features} - {None}
+        masks = [recording.mask_taken.get(layer) for layer in layers]
+        known = [mask for mask in masks if mask is not None and mask.shape.rank == 2]
+        if not known:
+            return None
+        return tf.reduce_any([~values_at(tf.cast(of, tf.bool), places) for of in known], axis=0)
+
     def check_rows(
         self, features: Mapping[str, tf.Tensor], labels: tf.Tensor
     ) -> dict[str, tf.Tensor]:
@@ -245,7 +262,9 @@ class TapPlan:
         """The features of each tap at inference, as `run` says."""
         return self.run(x, places)[0]
 
-    def run(self, x: Any, places: Places | None = None) -> tuple[dict[str, tf.Tensor], Any]:
+    def run(
+        self, x: Any, places: Places | None = None
+    ) -> tuple[dict[str, tf.Tensor], Any, tf.Tensor | None]:
         """Runs the host at inference.
 
         Args:
@@ -253,13 +272,13 @@ class TapPlan:
             places: As for `features`.
 
         Returns:
-            The features of each tap, as `features`, and what the host returns.
+            The features of each tap, as `features`, what the host returns, and `padding`.
         """
         values = [(own, tf.convert_to_tensor(other)) for own, other in self.other_weights]
         # A stateless scope takes any assignment to a Keras variable upon itself.
         with record_calls(self.host, self.layers()) as recording, keras.StatelessScope(values):
             outputs = call_at_inference(self.host, x)
-        return self.features(recording, places), outputs
+        return self.features(recording, places), outputs, self.padding(recording, places)
 
     def at_positions(self, layers: Selector, reduce: Reduce, seed: int, axes: int) -> "TapPlan":
         """The plan of the same host for labels that are of positions.

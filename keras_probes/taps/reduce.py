@@ -350,11 +350,7 @@ class AtPositions(_Positional):
             inputs: As for a call.
             places: Which ones; on a grid of other sizes, the cells that they fall into.
         """
-        x = self._channels_last(inputs)
-        cells, sizes = places
-        own = tf.shape(x)[1:-1]
-        found = tf.gather_nd(x, cells * own // sizes, batch_dims=1)
-        rows = tf.reshape(found, (-1, x.shape[-1]))
+        rows = values_at(self._channels_last(inputs), places)
         return tf.cast(tf.gather(rows, self.indices, axis=1), tf.float32)
 
     def compute_output_shape(self, input_shape):
@@ -368,6 +364,20 @@ class AtPositions(_Positional):
 
     def _channels_last(self, inputs: tf.Tensor) -> tf.Tensor:
         return ops.moveaxis(inputs, self._channel_axis(len(inputs.shape)), -1)
+
+
+def values_at(values: tf.Tensor, places: Places) -> tf.Tensor:
+    """What there is at some positions, shape (batch * P, ...).
+
+    Args:
+        values: Shape (batch, *sizes, ...); on another grid, of the cells that places fall into.
+        places: Which ones.
+    """
+    cells, sizes = places
+    axes = cells.shape[-1]
+    own = tf.shape(values)[1 : 1 + axes]
+    found = tf.gather_nd(values, cells * own // sizes, batch_dims=1)
+    return tf.reshape(found, (-1, *values.shape[1 + axes :]))
 
 
 def _positive_integer(name: str, value: Any) -> int:

@@ -145,6 +145,7 @@ def diagnose(results: ProbeResults, *, target: str | None = None) -> Findings:
         Findings, the worst first; `not_applicable` names the checks that could not be made.
 
     Raises:
+        ImportError: SciPy is not installed, and layers were evaluated on the same examples.
         ValueError: No error was measured, or there are several targets and none is named.
     """
     measures = _Measures(

@@ -106,6 +106,8 @@ class Classification(Task):
         columns, loss = clues.output_columns, clues.loss_name
         if columns and "crossentropy" in loss and ("binary" not in loss or columns == 1):
             return max(columns, 2)
+        if clues.n_names is not None:
+            return clues.n_names
         rows = clues.rows
         known = rows[np.isfinite(rows) & (rows >= 0)] if rows is not None else np.zeros(0)
         return max(int(known.max()) + 1, 2) if len(known) else None
@@ -310,8 +312,8 @@ class Classification(Task):
         return math.log(self.outputs)
 
     def tally(self, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-        of_class = tf.one_hot(labels, self.outputs, dtype=tf.float64)
-        return tf.matmul(tf.cast(weights, tf.float64), of_class)
+        by_row = tf.transpose(tf.cast(weights, tf.float64))
+        return tf.transpose(tf.math.unsorted_segment_sum(by_row, labels, self.outputs))
 
     @property
     def tally_size(self) -> int:

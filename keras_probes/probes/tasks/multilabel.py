@@ -39,6 +39,7 @@ class MultiLabel(Task):
     }
     first_pass: ClassVar[tuple[str, ...]] = (CODE_LENGTH,)
     activation: ClassVar[str] = "sigmoid"
+    strict: ClassVar[bool] = True
 
     details: ClassVar[tuple[str, ...]] = ("answers_by_label", "wrong_by_label")
 
@@ -119,6 +120,11 @@ class MultiLabel(Task):
         return dataclasses.replace(self, ranked=not RANKED.isdisjoint(metrics))
 
     def untrainable(self, tally: np.ndarray) -> str:
+        if np.reshape(tally, (2, -1))[1].any():
+            return ""
+        return "Expected training rows with one of the labels. Received: no 1 in any column"
+
+    def lacking(self, tally: np.ndarray) -> str:
         absent = np.flatnonzero(np.reshape(tally, (2, -1))[1] == 0)
         if not len(absent):
             return ""
@@ -127,9 +133,6 @@ class MultiLabel(Task):
             "Expected training rows with each of the labels; leave others out with target=function "
             f"of (x, y). Received: no 1 in columns {shown} of {self.outputs}"
         )
-
-    def lacking(self, tally: np.ndarray) -> str:  # noqa: ARG002
-        return ""
 
     def predictions(self, output: Any) -> Any:
         if output is None or output.shape[1:] != [self.outputs] or self.threshold is None:

@@ -44,6 +44,7 @@ class Regression(Task):
     activation: ClassVar[str] = "linear"
     label_dtype: ClassVar[str] = "float32"
     scaled: ClassVar[bool] = True
+    strict: ClassVar[bool] = True
 
     spread: tuple[float, ...] = (1.0,)
 
@@ -112,12 +113,18 @@ class Regression(Task):
     def expected(self, raw: np.ndarray | None) -> tuple[str, str]:  # noqa: ARG002
         return ("finite numbers; NaN is missing", "Infinite ones can't be predicted.")
 
-    def scale_of(self, labels: np.ndarray) -> np.ndarray:
+    def scale_of(self, labels: np.ndarray) -> np.ndarray | None:
         known = labels[np.isfinite(labels).all(axis=1)].astype("float64")
-        if not len(known):
-            return np.stack([np.zeros(self.outputs), np.ones(self.outputs)])
-        spread = known.std(axis=0)
-        return np.stack([known.mean(axis=0), np.where(spread > 0, spread, 1.0)])
+        if len(known) < 2 or not known.std(axis=0).all():
+            return None
+        return np.stack([known.mean(axis=0), known.std(axis=0)])
+
+    def rescaled(self, tally: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """A tally of standardised labels, shape (m,), after their scale has changed."""
+        (n,), total, squares = np.split(tally, [1, 1 + self.outputs])
+        factor, shift = old[1] / new[1], (old[0] - new[0]) / new[1]
+        moved = factor**2 * squares + 2 * factor * shift * total + n * shift**2
+        return np.concatenate([[n], factor * total + n * shift, moved])
 
     def in_units(self, scale: np.ndarray) -> "Regression":
         return dataclasses.replace(self, spread=tuple(scale[1].tolist()))

@@ -9,6 +9,7 @@ products are fastest that way round, as (taps, outputs, rows).
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -19,7 +20,9 @@ import tensorflow as tf
 # Why an example is left out of a target.
 MISSING = -1  # it has no label
 WRONG = -2  # it has something else than a label
-WEIGHTLESS = -3  # its sample weight is 0
+WEIGHTLESS = -3  # its sample weight is 0, or it is padding
+
+ROWS = 2**16  # so many labels are counted at a time
 
 # Bits a label: the loss before each update, over the first pass through the data, is how long a
 # code for the labels the probe makes while it learns (prequential; Blier & Ollivier 2018).
@@ -48,6 +51,7 @@ class Clues:
         loss: What the host compares that output with them by, as given to `compile`.
         values: Labels at hand, arrays.
         num_classes: As the user gave it.
+        n_names: Number of names of classes that the data come with.
     """
 
     what: str
@@ -56,6 +60,7 @@ class Clues:
     loss: Any = None
     values: Sequence[np.ndarray] = ()
     num_classes: Any = None
+    n_names: int | None = None
 
     @property
     def columns(self) -> int | None:
@@ -65,7 +70,7 @@ class Clues:
     @property
     def output_columns(self) -> int | None:
         """Number of numbers that the host answers with; `None` if it is not one row of them."""
-        return None if self.output is None or self.output.shape.rank == 1 else _columns(self.output)
+        return _columns(self.output)
 
     @property
     def loss_name(self) -> str:
@@ -87,7 +92,7 @@ class Clues:
             return "classes"
         return "numbers" if together and name in REGRESSION_LOSSES else None
 
-    @property
+    @functools.cached_property
     def rows(self) -> np.ndarray | None:
         """Labels at hand, float64, shape (n, columns); `None` if there are none."""
         found = [
@@ -131,6 +136,7 @@ class Task(abc.ABC):
         activation: Keras activation that makes answers of outputs.
         scaled: Whether labels are numbers, which probes see standardised, and the loss is half the
             squared error.
+        strict: Whether `fit` is refused where training labels say nothing of an output.
         label_dtype: Of `labels`.
         outputs: Number of outputs of a probe.
     """
@@ -142,6 +148,7 @@ class Task(abc.ABC):
     first_pass: ClassVar[tuple[str, ...]] = ()
     activation: ClassVar[str]
     scaled: ClassVar[bool] = False
+    strict: ClassVar[bool] = False
     label_dtype: ClassVar[str] = "int32"
 
     outputs: int
@@ -203,9 +210,13 @@ class Task(abc.ABC):
             why: `MISSING` and so on.
         """
 
-    def scale_of(self, labels: np.ndarray) -> np.ndarray:
-        """Mean and spread of labels at hand, shape (2, outputs); of numbers only."""
-        raise NotImplementedError(labels)
+    def scale_of(self, labels: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
+        """Mean and spread of numbers, shape (2, outputs); `None` where these can't be told."""
+        return None
+
+    def rescaled(self, tally: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:  # noqa: ARG002
+        """A tally of labels after their scale has changed from an old one to a new."""
+        return tally
 
     def in_units(self, scale: np.ndarray) -> "Task":  # noqa: ARG002
         """The same task, which measures in the units of labels of this mean and spread."""
@@ -353,6 +364,15 @@ class Task(abc.ABC):
             labels: As `labels` returns them.
             weights: float32, shape (taps, batch).
         """
+
+    def tally_of(self, labels: Any) -> np.ndarray:
+        """That of the examples that have a label, however many, shape (m,)."""
+        total = np.zeros(self.tally_size)
+        for start in range(0, len(labels), ROWS):
+            some = tf.convert_to_tensor(labels[start : start + ROWS])
+            known = tf.cast(self.state(some) == 0, tf.float32)
+            total += self.tally(some, known[None]).numpy()[0]
+        return total
 
     @property
     @abc.abstractmethod

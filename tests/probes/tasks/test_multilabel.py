@@ -115,5 +115,7 @@ def test_labels_in_the_forms_people_have():
 
 def test_what_can_not_be_learned():
     task = MultiLabel(2)
-    assert "no 1 in columns 0 of 2" in task.untrainable(np.array([5.0, 3.0, 0.0, 2.0]))
-    assert not task.untrainable(np.array([5.0, 0.0, 1.0, 5.0]))
+    assert "no 1 in any column" in task.untrainable(np.array([5.0, 3.0, 0.0, 0.0]))
+    assert not task.untrainable(np.array([5.0, 3.0, 0.0, 2.0]))
+    assert "no 1 in columns 0 of 2" in task.lacking(np.array([5.0, 3.0, 0.0, 2.0]))
+    assert not task.lacking(np.array([5.0, 0.0, 1.0, 5.0]))
