@@ -254,3 +254,59 @@ def test_summary_says_what_is_asked_before_training():
     model, _, _ = tagging()
     LinearProbeCallback().summary(model, text.append)
     assert "Asked: classification, 3 classes at each position." in text
+
+
+def test_targets_on_grids_of_different_sizes():
+    (x, y), _ = squares()
+    inputs = keras.Input((SIZE, SIZE, 1))
+    fine = layers.Conv2D(6, 3, padding="same", activation="relu", name="fine")(inputs)
+    coarse = layers.MaxPooling2D(2, name="coarse")(fine)
+    outputs = {
+        "small": layers.Conv2D(3, 1, activation="softmax", name="small")(coarse),
+        "large": layers.Conv2D(3, 1, activation="softmax", name="large")(fine),
+    }
+    model = keras.Model(inputs, outputs)
+    loss = keras.losses.SparseCategoricalCrossentropy(ignore_class=-1)
+    model.compile("adam", {"small": loss, "large": loss})
+    labels = {"small": y[:, ::2, ::2], "large": y}
+    for target in ({"a": "small", "b": "large"}, {"b": "large", "a": "small"}):
+        probes = LinearProbeCallback(["fine", "coarse"], target=target, baselines=["shuffled"])
+        model.fit(x, labels, 40, 1, callbacks=[probes], verbose=0)
+        assert (probes.results.measured(target="a", split="train")["n"] > 0).all()
+
+
+def test_a_label_of_the_whole_sequence_is_no_label_of_positions():
+    rng = np.random.default_rng(0)
+    inputs = keras.Input((20, 3))
+    model = keras.Model(inputs, layers.Dense(16, name="out")(inputs))
+    model.compile("adam", lambda y, u: tf.reduce_mean(u))
+    y = np.eye(10)[rng.integers(0, 10, 64)]
+    probes = LinearProbeCallback("out", reduce="gap")
+    model.fit(rng.normal(size=(64, 20, 3)), y, 32, 1, callbacks=[probes], verbose=0)
+    assert set(probes.results.measured("error")["n"]) == {64}
+
+
+@pytest.mark.parametrize("mode", ["shared", "isolated"])
+def test_padding_that_a_mask_knows_of_is_left_out(mode, tmp_path):
+    model, x, y = tagging()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    probes = LinearProbeCallback(mode=mode)
+    labels = np.maximum(y, 0)
+    model.fit(x, labels, 32, 1, callbacks=[probes], verbose=0)
+    measured = probes.results.measured("error")
+    assert set(measured["n"]) == {np.count_nonzero(x)}
+    assert set(measured["unlabelled"]) == {0}
+    store = extract_features(model, (x, labels), tmp_path / "s", layers=["lstm"], verbose=False)
+    np.testing.assert_array_equal(store.labels().reshape(x.shape) >= 0, x > 0)
+
+
+def test_validation_of_another_size_is_of_as_many_examples():
+    (x, y), (x_val, y_val) = squares()
+    inputs = keras.Input((None, None, 1))
+    fine = layers.Conv2D(6, 3, padding="same", activation="relu", name="fine")(inputs)
+    model = keras.Model(inputs, layers.Conv2D(3, 1, activation="softmax", name="out")(fine))
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(ignore_class=-1))
+    probes = LinearProbeCallback(["input", "fine"])
+    small = x[:, :6, :6], y[:, :6, :6]
+    model.fit(*small, 40, 1, validation_data=(x_val, y_val), callbacks=[probes], verbose=0)
+    assert probes.results.compare("input", "fine").n == VAL

@@ -287,3 +287,42 @@ def test_summary_says_what_is_asked_before_training():
         text = []
         LinearProbeCallback().summary(host(*CASES[kind]), text.append)
         assert asked in text
+
+
+@pytest.mark.parametrize("first", ["constant", "missing", "nearly equal"])
+def test_a_first_batch_that_tells_no_scale(first):
+    """The first refit takes the scale from its sample: the loss is in units of the labels."""
+    (x, y), validation = data("regression")
+    y = 5e5 + 2e4 * (y - y.mean()) / y.std()
+    held = validation[0], 5e5 + 2e4 * (validation[1] - 60) / 10
+    y[:32] = {"constant": 5e5, "missing": np.nan}.get(first, y[:1] + np.arange(32)[:, None] / 99)
+    model = host(1, lambda y, u: tf.reduce_mean(u))
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
+    probes = LinearProbeCallback("hidden", task="regression", metrics=["error", "loss", "mse"])
+    model.fit(
+        batches, epochs=2, callbacks=[probes], verbose=0,
+        validation_data=tf.data.Dataset.from_tensor_slices(held).batch(40),
+    )  # fmt: skip
+    error, loss, mse = (
+        probes.results.measured(metric)["value"]["hidden"] for metric in ("error", "loss", "mse")
+    )
+    assert loss == pytest.approx(mse / 2 / np.nanvar(y), rel=0.2)
+    assert 0 < error < 2
+    majority = probes.results.measured("mse", epoch=0)["majority"]["hidden"]
+    assert majority == pytest.approx(np.mean((held[1] - np.nanmean(y)) ** 2), rel=0.05)
+
+
+def test_an_output_of_one_number_without_an_axis():
+    inputs = keras.Input((8,))
+    out = keras.layers.Reshape((), name="number")(keras.layers.Dense(1, name="out")(inputs))
+    model = keras.Model(inputs, out)
+    model.compile("adam", "mse")
+    (x, _), _ = data("regression")
+    probes = LinearProbeCallback("input", metrics=["error", "mse"])
+    model.fit(x, np.round(x[:, 0] * 3), 32, 1, callbacks=[probes], verbose=0)
+    assert probes.results.settings["metrics"] == "error, mse"
+
+
+def test_the_rank_needs_a_refit():
+    with pytest.raises(ValueError, match="'rank', 'directions'.*refit=0"):
+        LinearProbeCallback(metrics=["error", "rank"], refit=0)
