@@ -253,6 +253,21 @@ def test_the_examples_beyond_the_paper(tmp_path, script, model, taps):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "task", "taps"),
+    [("which_digits.py", "multilabel", 9), ("where_is_it.py", "regression", 6),
+     ("which_pixels.py", "positions", 10)],
+)  # fmt: skip
+def test_the_examples_of_other_tasks(tmp_path, script, task, taps):
+    assert len(bars(run_example(script, tmp_path, "--quick"))) == taps
+    results = keras_probes.ProbeResults.load(tmp_path / "out")
+    of_positions = {tap.reduction for tap in results.taps} == {"AtPositions"}
+    assert of_positions == (task == "positions")
+    assert results.measured("error")["value"].notna().all()
+    assert (tmp_path / "out" / "probes.html").exists()
+
+
+@pytest.mark.slow
 def test_the_example_of_a_frozen_model(tmp_path, digits):
     host().save(tmp_path / "model.keras")
     (x, y), (x_test, y_test) = digits

@@ -310,3 +310,14 @@ def test_validation_of_another_size_is_of_as_many_examples():
     small = x[:, :6, :6], y[:, :6, :6]
     model.fit(*small, 40, 1, validation_data=(x_val, y_val), callbacks=[probes], verbose=0)
     assert probes.results.compare("input", "fine").n == VAL
+
+
+def test_positions_that_no_tap_has():
+    (x, y), _ = squares()
+    inputs = keras.Input((SIZE, SIZE, 1))
+    flat = layers.Dense(SIZE * SIZE * 3, name="wide")(layers.Flatten()(inputs))
+    model = keras.Model(inputs, layers.Reshape((SIZE, SIZE, 3), name="out")(flat))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    model.compile("adam", loss)
+    with pytest.raises(ValueError, match="picks nothing that can be probed.*no such positions"):
+        model.fit(x, y, 32, 1, callbacks=[LinearProbeCallback(["auto", "!input"])], verbose=0)
