@@ -25,7 +25,7 @@ from keras_probes.view.table import CONVERGED
 
 ALPHA = 0.05
 MARGIN = 0.02  # of error: what is no difference to speak of
-GUESSES = 0.05  # of error, below that of the majority class: what is known to be less is a guess
+GUESSES = 0.05  # of guessing's error: what is known to be better by less is a guess
 OVERFITTED = 0.05  # of error, between training and validation
 COLLAPSED = 0.1  # of the rank that a layer could have, by the best one before
 ONE_DIRECTION = 1.2  # of a rank: hardly more than one
@@ -124,9 +124,9 @@ class _Measures:
         return float(self.frame["majority"].iloc[-1])
 
     def guesses(self, tap: str) -> bool:
-        """Whether a tap is known to be better than guessing by less than `GUESSES`."""
+        """Whether a tap is known to be better than guessing by no more than `GUESSES` of that."""
         best = self.error(tap) - 1.645 * self.deviation(tap)
-        return self.guess() - best < GUESSES
+        return self.guess() - best < GUESSES * self.guess()
 
     def learned(self, tap: str) -> float:
         """p-value of the error of `tap` being no less than that of guessing."""
