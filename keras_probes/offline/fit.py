@@ -408,8 +408,13 @@ class _TapFit:
         self.errors: dict[Split, np.ndarray] = {
             split: np.full(len(labels), np.nan, "float32") for split, labels in raw.items()
         }
+        # Which examples have a label: float32, 0 or 1.
+        self._labelled = {
+            split: (self._task.state(tf.constant(labels)).numpy() == 0).astype("float32")
+            for split, labels in self._labels.items()
+        }
         weights = self._weights["train"] * features.finite["train"]
-        weights = weights * self._labelled("train")
+        weights = weights * self._labelled["train"]
         self._check_labels(self._task.tally_of(self._labels["train"][weights > 0]))
         blocks = _Blocks(features, self._labels["train"], weights)
         problem = Problem(blocks, len(features.mean), self._task)
@@ -446,7 +451,7 @@ class _TapFit:
         kernel, bias = tf.constant(weights[:-1], tf.float32), tf.constant(weights[-1], tf.float32)
         totals = np.zeros(self._task.size)
         errors = self.errors[split]
-        labelled = self._labelled(split)
+        labelled = self._labelled[split]
         for z, here in self._features.blocks(split):
             outputs = (tf.matmul(z, kernel) + bias)[None]
             labels = tf.constant(self._labels[split][here])
@@ -528,10 +533,6 @@ class _TapFit:
         of_examples = np.nanmean(errors[np.isfinite(errors).any(axis=1)], axis=1)
         totals = of_examples.sum(), np.sum(of_examples**2)
         return interval_of_mean(value, len(of_examples), *totals)
-
-    def _labelled(self, split: Split) -> np.ndarray:
-        """Which examples have a label: float32, 0 or 1."""
-        return (self._task.state(tf.constant(self._labels[split])).numpy() == 0).astype("float32")
 
     def _host_error(self, predicted: np.ndarray | None, labels: np.ndarray) -> float:
         """The host's own error; NaN if its predictions are not known."""

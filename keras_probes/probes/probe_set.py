@@ -26,8 +26,8 @@ from keras_probes.probes.tasks.task import Task
 # Numbers that the features of taps refitted side by side may have in all: beyond, a pass is worth
 # its calls, and probes that are done would be carried along.
 STACK_SIZE = 2**22
-MOST_PAIRED = 512  # taps; what is kept of pairs grows with their square
 STACK_PARAMETERS = 2**20  # likewise: what the solver keeps of them is to stay in the cache
+MOST_PAIRED = 512  # taps; what is kept of pairs grows with their square
 
 Features = Mapping[str, tf.Tensor]  # by tap
 Labels = Mapping[str | None, tf.Tensor]  # by target

@@ -12,12 +12,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_probes.probes.tasks.task import MISSING, WEIGHTLESS, Task
+from keras_probes.places import Places, values_at
+from keras_probes.probes.tasks.task import MISSING, PRIME, WEIGHTLESS, Task
 from keras_probes.results.schema import name_of_baseline
 
 Select = None | str | int | Callable[[Any, Any], Any]
-# Positions of examples: cells of a grid, int32, shape (batch, P, axes), and its sizes, (axes,).
-Places = tuple[tf.Tensor, tf.Tensor]
 
 MOST_POSITIONS = 64  # of an example
 
@@ -63,18 +62,6 @@ class Positions:
             cells.insert(0, flat % sizes[axis])
             flat //= sizes[axis]
         return tf.stack(cells, axis=-1), sizes
-
-    def at(self, values: tf.Tensor, places: Places) -> tf.Tensor:
-        """What there is at these places, shape (batch * P, ...).
-
-        Args:
-            values: Shape (batch, *sizes, ...); on another grid, cells are those places fall into.
-            places: Which.
-        """
-        cells, sizes = places
-        own = tf.shape(values)[1 : 1 + self.axes]
-        found = tf.gather_nd(values, cells * own // sizes, batch_dims=1)
-        return tf.reshape(found, (-1, *values.shape[1 + self.axes :]))
 
     def of_each(self, values: tf.Tensor, places: Places) -> tf.Tensor:
         """What there is of an example, shape (batch,), for each of its positions."""
@@ -129,7 +116,7 @@ class Target:
         raw = tf.convert_to_tensor(self.raw(x, y))
         if self.positions is not None:
             places = self.positions.places(raw) if places is None else places
-            raw = self.positions.at(raw, places)
+            raw = values_at(raw, places)
         return self.task.labels(raw)
 
     def raw(self, x: Any, y: Any) -> Any:
@@ -177,7 +164,7 @@ class Target:
             if (output.shape.rank or 0) < 1 + self.positions.axes:
                 return None
             if tf.is_tensor(output) and places is not None:
-                output = self.positions.at(output, places)
+                output = values_at(output, places)
             else:
                 output = tf.TensorSpec((None, *output.shape[1 + self.positions.axes :]))
         return self.task.predictions(output)
@@ -220,9 +207,7 @@ class Target:
             return self._weights_at(x, y, sample_weight, self.positions, places)
         if self.weigh is not None:
             return tf.cast(tf.reshape(self.weigh(x, y, sample_weight), (-1,)), tf.float32)
-        if isinstance(sample_weight, (dict, list, tuple)):
-            keyed = self.select is not None and not callable(self.select)
-            sample_weight = pick(self.select, None, sample_weight) if keyed else None
+        sample_weight = self._own_part(sample_weight)
         if sample_weight is not None:
             sample_weight = tf.convert_to_tensor(sample_weight)
             by_example = sample_weight.shape.rank == 1 or sample_weight.shape[1:].as_list() == [1]
@@ -230,20 +215,26 @@ class Target:
             return tf.ones(tf.shape(like)[:1])
         return tf.cast(tf.reshape(sample_weight, (-1,)), tf.float32)
 
+    def _own_part(self, sample_weight: Any) -> Any:
+        """Of weights for several outputs, those for this one, if it is one."""
+        if not isinstance(sample_weight, (dict, list, tuple)):
+            return sample_weight
+        keyed = self.select is not None and not callable(self.select)
+        return pick(self.select, None, sample_weight) if keyed else None
+
     def _weights_at(
         self, x: Any, y: Any, sample_weight: Any, positions: Positions, places: Places
     ) -> tf.Tensor:
         """Weights at positions, of weights for each of them or for each example."""
         if self.weigh is not None:
             sample_weight = self.weigh(x, y, sample_weight)
-        elif isinstance(sample_weight, (dict, list, tuple)):
-            keyed = self.select is not None and not callable(self.select)
-            sample_weight = pick(self.select, None, sample_weight) if keyed else None
+        else:
+            sample_weight = self._own_part(sample_weight)
         if sample_weight is None:
             return tf.ones(tf.reduce_prod(tf.shape(places[0])[:2]))
         weights = tf.cast(sample_weight, tf.float32)
         if (weights.shape.rank or 0) > positions.axes:
-            return tf.reshape(positions.at(weights, places), (-1,))
+            return tf.reshape(values_at(weights, places), (-1,))
         return positions.of_each(tf.reshape(weights, (-1,)), places)
 
 
@@ -271,7 +262,6 @@ def _hash(x: Any) -> tf.Tensor:
 
     No rounding changes it.
     """
-    prime = 2**31 - 1
     total: Any = 0
     for place, part in enumerate(tf.nest.flatten(x)):
         if part.dtype == tf.string:
@@ -282,22 +272,21 @@ def _hash(x: Any) -> tf.Tensor:
         bits = tf.cast(tf.bitcast(tf.cast(part, tf.float32), tf.int32), tf.int64)
         bits = tf.reshape(bits, (tf.shape(bits)[0], -1))
         keys = tf.random.stateless_uniform(
-            tf.shape(bits)[1:], (7, place), 1, prime, tf.int64, alg="philox"
+            tf.shape(bits)[1:], (7, place), 1, PRIME, tf.int64, alg="philox"
         )
-        products = tf.math.floormod(tf.math.floormod(bits, prime) * keys, prime)
+        products = tf.math.floormod(tf.math.floormod(bits, PRIME) * keys, PRIME)
         total += tf.reduce_sum(products, axis=1)
-    return tf.math.floormod(total, prime)
+    return tf.math.floormod(total, PRIME)
 
 
 def _hash_of_places(keys: tf.Tensor, places: Places) -> tf.Tensor:
     """Another number for each position of an example, of the example's, shape (batch * P,)."""
-    prime = 2**31 - 1
     cells, sizes = places
     flat = tf.zeros_like(cells[..., 0])
     for axis in range(cells.shape[-1]):
         flat = flat * sizes[axis] + cells[..., axis]
     of_place = tf.cast(tf.reshape(flat, [-1]), tf.int64) + 1
-    return tf.math.floormod(keys + tf.math.floormod(of_place * 1_103_515_245, prime), prime)
+    return tf.math.floormod(keys + tf.math.floormod(of_place * 1_103_515_245, PRIME), PRIME)
 
 
 def pick(select: Select, x: Any, y: Any) -> Any:

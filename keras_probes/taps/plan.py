@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_probes.places import Places, values_at
 from keras_probes.results.schema import Node, TapInfo
 from keras_probes.taps.batches import any_batch_size
 from keras_probes.taps.graph import (
@@ -26,14 +27,12 @@ from keras_probes.taps.record import Recording, record_calls
 from keras_probes.taps.reduce import (
     AtPositions,
     GlobalAverage,
-    Places,
     Reduce,
     StopGradient,
     Token,
     UnfitTapError,
     reduction_at_positions,
     reduction_for,
-    values_at,
 )
 from keras_probes.taps.select import Selector, glob_match, nearest, select
 

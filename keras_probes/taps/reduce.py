@@ -13,16 +13,13 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from keras_probes.places import Places, values_at
 from keras_probes.taps.graph import Tap
 from keras_probes.taps.select import glob_match, nearest
 
 AUTO_FEATURES = 1000  # at most this many a tap by default; what the paper takes for Inception v3
 
 Reduce: TypeAlias = str | keras.layers.Layer | Mapping[str, "str | keras.layers.Layer"]
-
-
-# Positions of examples: cells of a grid, int32, shape (batch, P, axes), and its sizes, (axes,).
-Places: TypeAlias = tuple[tf.Tensor, tf.Tensor]
 
 
 class UnfitTapError(ValueError):
@@ -343,7 +340,7 @@ class AtPositions(_Positional):
     def call(self, inputs):
         return ops.cast(ops.take(self._channels_last(inputs), self.indices, axis=-1), "float32")
 
-    def at(self, inputs: tf.Tensor, places: "Places") -> tf.Tensor:
+    def at(self, inputs: tf.Tensor, places: Places) -> tf.Tensor:
         """The features at some positions, float32, shape (batch * P, n_features).
 
         Args:
@@ -364,20 +361,6 @@ class AtPositions(_Positional):
 
     def _channels_last(self, inputs: tf.Tensor) -> tf.Tensor:
         return ops.moveaxis(inputs, self._channel_axis(len(inputs.shape)), -1)
-
-
-def values_at(values: tf.Tensor, places: Places) -> tf.Tensor:
-    """What there is at some positions, shape (batch * P, ...).
-
-    Args:
-        values: Shape (batch, *sizes, ...); on another grid, of the cells that places fall into.
-        places: Which ones.
-    """
-    cells, sizes = places
-    axes = cells.shape[-1]
-    own = tf.shape(values)[1 : 1 + axes]
-    found = tf.gather_nd(values, cells * own // sizes, batch_dims=1)
-    return tf.reshape(found, (-1, *values.shape[1 + axes :]))
 
 
 def _positive_integer(name: str, value: Any) -> int:

@@ -115,6 +115,13 @@ class _Measures:
         """p-value of the error of `tap` being no more than that of `other`."""
         return compare_rows(self.pairs, self.frame.loc[tap], self.frame.loc[other]).p_above
 
+    def lost(self, trunk: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+        """The best layer before each one of a trunk, and which are surely worse than that."""
+        before = {
+            tap: min(trunk[:place], key=self.error) for place, tap in enumerate(trunk) if place
+        }
+        return before, _holm({tap: self.above(tap, best) for tap, best in before.items()})
+
     def deviation(self, tap: str) -> float:
         """Standard deviation of the error of `tap`."""
         return deviation_of(self.frame.loc[tap])
@@ -169,8 +176,7 @@ def diagnose(results: ProbeResults, *, target: str | None = None) -> Findings:
 def _dead_segment(m: _Measures) -> Iterator[Finding]:
     """KP001: layers that what comes after them does without, or that tell nothing (figure 6)."""
     trunk = _long_enough(m, 3)
-    best_before = {tap: min(trunk[:place], key=m.error) for place, tap in enumerate(trunk) if place}
-    lost = _holm({tap: m.above(tap, before) for tap, before in best_before.items()})
+    best_before, lost = m.lost(trunk)
     best = min(trunk, key=m.error)
     if m.learned(best) * len(trunk) > ALPHA:
         return  # nothing learns: there are no others
@@ -368,8 +374,7 @@ def _collapsed(m: _Measures) -> Iterator[Finding]:
     trunk = [tap for tap in _long_enough(m, 2) if tap in ranks]
     if len(trunk) < 2:
         raise NotApplicableError("the rank of the features was not measured")
-    best_before = {tap: min(trunk[:place], key=m.error) for place, tap in enumerate(trunk) if place}
-    lost = _holm({tap: m.above(tap, before) for tap, before in best_before.items()})
+    best_before, lost = m.lost(trunk)
     for segment in _runs(trunk, lambda tap: tap in lost):
         before, worst = best_before[segment[0]], max(segment, key=m.error)
         least = min(segment, key=ranks.__getitem__)

@@ -13,7 +13,16 @@ from keras_probes.probes.tasks.ranking import (
     mean_auroc,
     mean_average_precision,
 )
-from keras_probes.probes.tasks.task import CODE_LENGTH, MISSING, WRONG, Clues, Sums, Task, are_whole
+from keras_probes.probes.tasks.task import (
+    CODE_LENGTH,
+    MISSING,
+    WRONG,
+    Clues,
+    Sums,
+    Task,
+    are_whole,
+    mixed,
+)
 from keras_probes.results.schema import wilson_interval
 
 SMOOTHING = 0.5  # examples more with and without each label
@@ -80,10 +89,6 @@ class MultiLabel(Task):
     def label_shape(self) -> tuple[int, ...]:
         return (self.outputs,)
 
-    @property
-    def terms(self) -> int:
-        return self.outputs
-
     def labels(self, raw: tf.Tensor) -> tf.Tensor:
         raw = tf.reshape(tf.cast(raw, tf.float32), (-1, self.outputs))
         valid = (raw == 0.0) | (raw == 1.0)
@@ -100,12 +105,7 @@ class MultiLabel(Task):
         return tf.where(which[:, None], why, labels)
 
     def random(self, keys: tf.Tensor) -> tf.Tensor:
-        prime = 2**31 - 1
-        factors = tf.random.stateless_uniform(
-            (self.outputs,), (7, 1), 1, prime, tf.int64, alg="philox"
-        )
-        mixed = tf.math.floormod((keys[:, None] + 1) * factors, prime)
-        return tf.cast(tf.math.floormod(mixed, 2), tf.int32)
+        return tf.cast(tf.math.floormod(mixed(keys, self.outputs), 2), tf.int32)
 
     def expected(self, raw: np.ndarray | None) -> tuple[str, str]:
         values = np.asarray([] if raw is None else raw, "float64")

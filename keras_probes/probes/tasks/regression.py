@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_probes.probes.tasks.task import (
     MISSING,
+    PRIME,
     WEIGHTLESS,
     WRONG,
     Clues,
@@ -17,6 +18,7 @@ from keras_probes.probes.tasks.task import (
     Task,
     are_one_hot,
     are_whole,
+    mixed,
 )
 from keras_probes.results.schema import Z_95
 
@@ -83,10 +85,6 @@ class Regression(Task):
     def label_shape(self) -> tuple[int, ...]:
         return (self.outputs,)
 
-    @property
-    def terms(self) -> int:
-        return self.outputs
-
     def labels(self, raw: tf.Tensor) -> tf.Tensor:
         labels = tf.reshape(tf.cast(raw, tf.float32), (-1, self.outputs))
         wrong = tf.reduce_any(tf.math.is_inf(labels), axis=1)
@@ -103,12 +101,7 @@ class Regression(Task):
 
     def random(self, keys: tf.Tensor) -> tf.Tensor:
         """Spread evenly from 0 to 1."""
-        prime = 2**31 - 1
-        factors = tf.random.stateless_uniform(
-            (self.outputs,), (7, 1), 1, prime, tf.int64, alg="philox"
-        )
-        mixed = tf.math.floormod((keys[:, None] + 1) * factors, prime)
-        return tf.cast(mixed / prime, tf.float32)
+        return tf.cast(mixed(keys, self.outputs) / PRIME, tf.float32)
 
     def expected(self, raw: np.ndarray | None) -> tuple[str, str]:  # noqa: ARG002
         return ("finite numbers; NaN is missing", "Infinite ones can't be predicted.")

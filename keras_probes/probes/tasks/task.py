@@ -22,6 +22,7 @@ MISSING = -1  # it has no label
 WRONG = -2  # it has something else than a label
 WEIGHTLESS = -3  # its sample weight is 0, or it is padding
 
+PRIME = 2**31 - 1  # below which random labels are mixed
 ROWS = 2**16  # so many labels are counted at a time
 
 # Bits a label: the loss before each update, over the first pass through the data, is how long a
@@ -106,6 +107,12 @@ class Clues:
         return np.concatenate(found)
 
 
+def mixed(keys: tf.Tensor, outputs: int) -> tf.Tensor:
+    """Whole numbers below `PRIME` of one for each example, int64, shape (batch, outputs)."""
+    factors = tf.random.stateless_uniform((outputs,), (7, 1), 1, PRIME, tf.int64, alg="philox")
+    return tf.math.floormod((keys[:, None] + 1) * factors, PRIME)
+
+
 def are_whole(rows: np.ndarray) -> bool:
     """Whether labels at hand are whole numbers."""
     known = rows[~np.isnan(rows)]
@@ -187,7 +194,7 @@ class Task(abc.ABC):
     @property
     def terms(self) -> int:
         """Number of terms that an example adds to the loss, where none is missing."""
-        return 1
+        return math.prod(self.label_shape)
 
     @abc.abstractmethod
     def labels(self, raw: tf.Tensor) -> tf.Tensor:
