@@ -26,6 +26,7 @@ TEST = [
     *OFFLINE,
     *EXAMPLES,
     "hypothesis>=6.100,<7",
+    "keras-tuner>=1.4.8,<2",  # searches by what probes measure
     "mlflow-skinny>=3.1,<4",
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",

@@ -21,6 +21,7 @@ from hosts import HOSTS, images
 
 from keras_probes import LinearProbeCallback
 
+LABELLED = 1000
 VARIANTS = {
     "auto": {},
     "random": {"reduce": "random"},
@@ -28,6 +29,7 @@ VARIANTS = {
     "isolated": {"mode": "isolated"},
     "online": {"refit": 0},
     "every10": {"every": 10},
+    "own": {"data": LABELLED},  # of the training images, in the place of what is elsewhere
 }
 
 
@@ -58,6 +60,10 @@ def cpu_seconds(args, variant):
     probes = None
     if variant is not None:
         options = {**VARIANTS[variant], **({} if args.refit is None else {"refit": args.refit})}
+        if "data" in options:
+            some = options.pop("data")
+            own = tuple(part[:some] for part in train)
+            options |= {"data": own, "validation_data": validation}
         probes = LinearProbeCallback(layers, **options)
     start = time.process_time()
     host.fit(

@@ -1,7 +1,7 @@
 """`LinearProbeCallback`, the online driver: schedules probes that train beside a host in `fit`.
 
 In: a host, and what Keras calls back. Out: logs, `ProbeResults`, event files. Where to look is
-decided in `taps`, what is measured in `probes`; the probes of one host are an `OnlineProbes`.
+decided in `taps`, what is measured in `probes`; the probes of one host are `HostProbes`.
 """
 
 import copy
@@ -25,8 +25,11 @@ from keras_probes.offline.extract import extract_features
 from keras_probes.offline.fit import fit_probes
 from keras_probes.offline.store import FeatureStore
 from keras_probes.online.checkpoint import Backups, Checkpoint
+from keras_probes.online.labelled import check_sets
 from keras_probes.online.measured import rows_of, rows_of_batches
-from keras_probes.online.probes import OnlineProbes, mebibytes
+from keras_probes.online.own_data import OwnDataProbes
+from keras_probes.online.probes import HostProbes, Passes, mebibytes
+from keras_probes.online.riding import RidingProbes
 from keras_probes.online.settings import Settings
 from keras_probes.online.waiting import waiting
 from keras_probes.probes.probe_set import Sums
@@ -44,7 +47,6 @@ from keras_probes.results.schema import (
     versions,
 )
 from keras_probes.taps.batches import batches_of
-from keras_probes.taps.graph import has_call, input_spec_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector, nearest
 from keras_probes.view.table import as_bars, left_out_text
@@ -144,8 +146,23 @@ class LinearProbeCallback(keras.callbacks.Callback):
         unpack: What of a batch the probes see, where the model's own step takes it apart in its own
             way: an index, or a function of the batch, to (x, y) or (x, y, sample_weight). For
             zipped (unlabelled, labelled) data: 1.
+        data: Labelled data of the probes' own, for a model whose training has no labels, or others:
+            (x, y) or (x, y, sample_weight) of arrays, a `tf.data.Dataset`, a `PyDataset` or
+            whatever else `extract_features` takes; or a mapping from names to these, for several
+            sets at once, whose names are those of their targets. After an epoch the model is run
+            over them at inference, each probe is fitted to its optimum, from where it was, and
+            measured. The model's own steps are left alone, bit for bit. `target`, `task`,
+            `num_classes` and `sample_weight` are about these data; `mode`, `every`, `optimizer`,
+            `refit`, `unpack` and `update_freq` have no meaning here.
+        validation_data: What these probes are tested on, likewise; their measures are `val_` keys.
+        every_epochs: With `data`: measure after every k-th epoch, and after the last.
+        every_steps: With `data`: measure after every k-th batch besides, for runs of few long
+            epochs. `results.history(by="step")` shows it, and TensorBoard; logs and the table have
+            the latest of each epoch.
 
     Attributes:
+        features_limit: Bytes that the features of `data` may take in memory, 1 GiB unless set
+            otherwise. Beyond, they lie in temporary files, and those of a layer at a time are read.
         memory_limit: Bytes that all probes together may take, 2 GiB unless set otherwise. The
             sample of the refit takes up to 512 MiB besides, `baselines=["initial"]` a copy of the
             model's weights.
@@ -155,6 +172,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             is checked when `fit` begins, before the first step.
     """
 
+    features_limit = 2**30
     memory_limit = 2 * 2**30
 
     def __init__(
@@ -178,6 +196,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
         refit: float = 0.1,
         model: keras.Model | Callable[[keras.Model], keras.Model] | None = None,
         unpack: int | Callable[[Any], Any] | None = None,
+        data: Any = None,
+        validation_data: Any = None,
+        every_epochs: int = 1,
+        every_steps: int | None = None,
     ):
         super().__init__()
         if keras.backend.backend() != "tensorflow":
@@ -222,6 +244,13 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 f"update_freq={update_freq!r}."
             )
         _one_of("mode", mode, ("shared", "isolated"))
+        check_sets(data, validation_data)
+        _check_schedule(data, every_epochs, every_steps)
+        if data is not None:
+            _check_riding_alone(
+                every=(every, "auto"), optimizer=(optimizer, None), refit=(refit, 0.1),
+                unpack=(unpack, None), update_freq=(update_freq, "epoch"),
+            )  # fmt: skip
         names = named_targets(target)
         for baseline in baselines:
             for name in names:
@@ -250,8 +279,12 @@ class LinearProbeCallback(keras.callbacks.Callback):
             refit=float(refit),
             model=model,
             unpack=unpack,
+            data=data,
+            validation_data=validation_data,
+            every_epochs=every_epochs,
+            every_steps=every_steps,
         )
-        self._online: OnlineProbes | None = None
+        self._online: HostProbes | None = None
         self._joint: Joint | None = None
         self._test_split = "test"  # of the evaluation that is running
         self._writer: TensorBoardWriter | None = None
@@ -280,10 +313,12 @@ class LinearProbeCallback(keras.callbacks.Callback):
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LinearProbeCallback":
-        """A copy that looks at the same model: layers and networks that were named stay these."""
-        for asked in keras.tree.flatten((self._settings.layers, self._settings.model)):
-            if isinstance(asked, keras.Operation):
-                memo[id(asked)] = asked
+        """A copy that looks at the same model and data: what was named or given stays the same."""
+        settings = self._settings
+        named = keras.tree.flatten((settings.layers, settings.model))
+        operations = [asked for asked in named if isinstance(asked, keras.Operation)]
+        for shared in (*operations, settings.data, settings.validation_data):
+            memo[id(shared)] = shared
         copied = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
@@ -325,6 +360,58 @@ class LinearProbeCallback(keras.callbacks.Callback):
         _one_of("baseline", baseline, (None, *self._settings.baselines))
         return online.weights(tap, target, baseline)
 
+    def measure(
+        self, model: keras.Model, *, epoch: int | None = None, step: int | None = None
+    ) -> pd.DataFrame:
+        """Measures the probes of `data=` on a model as it is now: in any loop, between two steps.
+
+        Every probe is fitted to its optimum, from where it was, and tested on `validation_data`.
+        The model is run at inference, and none of its state is touched.
+
+        Args:
+            model: The model; the same in every call.
+            epoch: What the measurement is counted as, from 0. By default the epoch of the `fit`
+                that is running; else one more than the last that was measured.
+            step: Number of batches that the model has trained on. By default what its optimizer
+                has counted, if it has one; else the number of measurements before.
+
+        Returns:
+            The new measures, as `results.frame()` has them. They are in `results` as well.
+
+        Raises:
+            ValueError: The callback has no `data`, the model is another than before, or its layers
+                or the data are not what was asked for.
+        """
+        if self._settings.data is None:
+            raise ValueError(
+                "measure() is for probes with labelled data of their own. Received: a callback "
+                "without data=. Make it with LinearProbeCallback(data=(x, y)); or pass it to fit."
+            )
+        _check_model(model)
+        self._check_host(model)
+        if self._online is not None and self._online.host is not model:
+            raise ValueError(
+                f"Expected the model that these probes were measured on, {self._online.host.name!r}"
+                f". Received: another one, {model.name!r}. Use a new LinearProbeCallback for it."
+            )
+        online = self._adopt(model)
+        assert isinstance(online, OwnDataProbes)
+        in_fit = self._fit() is not None
+        if epoch is None:
+            latest = max((row.epoch for row in self.results.rows), default=-1)
+            epoch = self._epoch if in_fit else latest + 1
+        online.look()
+        self._loaded = None  # what it held, a host has taken
+        if step is None and in_fit:
+            online.count_batches()
+        else:
+            online.count_steps(_steps_of(model, online.measurements) if step is None else step)
+        rows = self._add(online.measure(_silent, epoch), epoch, {})
+        if self.log_dir is not None and not in_fit:
+            self._writer = self._writer or TensorBoardWriter(self.log_dir)
+            self._writer.write(self.results, epoch)
+        return ProbeResults(self.results.taps, rows).frame()
+
     def refit(
         self,
         data: Any,
@@ -352,9 +439,15 @@ class LinearProbeCallback(keras.callbacks.Callback):
             Results as of `fit_probes`: errors, probes and certificates.
 
         Raises:
-            ValueError: The probes are not built yet; or as `extract_features` and `fit_probes`.
+            ValueError: The probes are not built yet, or they have several sets of data; or as
+                `extract_features` and `fit_probes`.
         """
         online, asked = self._built(), self._settings
+        if isinstance(asked.data, Mapping):
+            raise ValueError(
+                "Expected probes of one data set. Received: probes with the sets "
+                f"{', '.join(map(repr, asked.data))}. Use extract_features and fit_probes for each."
+            )
         plan = online.plan
         # Of a network within the host, the host's own `fit` preprocesses the data.
         preprocess = getattr(online.host, "preprocess_samples", None)
@@ -408,12 +501,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if self._online is None:
             raise ValueError("Pass the model to be probed: probes.summary(model).")
         if not self._online.built:
-            if has_call(self._online.host) and input_spec_of(self._online.host) is None:
-                raise ValueError(
-                    f"The input shape of {self._online.host.name!r} is not known before its first "
-                    "batch. Call summary() after fit, or give the model a keras.Input."
-                )
-            self._online.choose_taps()
+            self._online.look()
         sizes = self._online.sizes()
         table = pd.DataFrame([dataclasses.asdict(tap) for tap in self._online.plan.tap_infos()])
         table["shape"] = [tap.shape_text for tap in self._online.plan.tap_infos()]
@@ -446,9 +534,9 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
         Args:
             path: Name of the file.
-            **options: What a file can't keep: `target`, `sample_weight`, `model` and `unpack`,
-                where they are or hold functions or models; and `log_dir`, `update_freq` and
-                `backup_dir`, which belong to a machine.
+            **options: What a file can't keep: `data` and `validation_data`; `target`,
+                `sample_weight`, `model` and `unpack`, where they are or hold functions or models;
+                and `log_dir`, `update_freq` and `backup_dir`, which belong to a machine.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -460,8 +548,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
         for name in code:
             if name not in options:
                 raise ValueError(
-                    f"The probes in {os.fspath(path)!r} were trained with a function as {name}=, "
-                    f"which a file can't keep. Pass it again: load(path, {name}=...)."
+                    f"The probes in {os.fspath(path)!r} were trained with a {name}= that a file "
+                    f"can't keep. Pass it again: load(path, {name}=...)."
                 )
         # What files of the first version call it.
         earlier = {"keras_probes>OnePassAdam": keras.optimizers.Adam}
@@ -482,6 +570,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._check_host(self.model)
         online = self._adopt(self.model)
+        online.begin_fit()
         self.results = ProbeResults()
         if self.log_dir is not None:
             self._writer = self._writer or TensorBoardWriter(self.log_dir)
@@ -508,11 +597,23 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self._joint.expect("train", self._online, self._online.part_in(batch))
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if isinstance(self._online, OwnDataProbes):
+            if self._online.end_batch(batch):
+                with waiting(self._fit_params["verbose"]) as progress:
+                    passes = self._online.measure_in_fit(progress, self._epoch)
+                rows = self._add(passes, self._epoch, {})
+                if self._writer is not None:
+                    self._writer.write_batches(ProbeResults(self.results.taps, rows))
+            return
         if self._writer is not None and self.update_freq != "epoch":
             self._write_batches(self._writer, batch + 1, self.update_freq)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        if self._measured_epoch != epoch:
+        if self._measured_epoch != epoch and self._settings.data is not None:
+            added = self._end_pass("train", {})  # in a loop of one's own
+            if logs is not None:
+                logs.update(added)
+        elif self._measured_epoch != epoch:
             warnings.warn(
                 f"The probes saw no step of epoch {epoch}: they ride in the steps of `fit`, and a "
                 "loop of one's own has none of these. Call model.fit, or probe the model as it is "
@@ -533,6 +634,15 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self._writer.end(self.results, self._epoch)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
+        fit = self._fit()
+        within_fit = fit is not None and fit is next(iter(calling_lists()), None)
+        if self._settings.data is not None:
+            if within_fit:
+                return
+            raise ValueError(
+                "Probes with data= of their own are tested on validation_data=, and measured by "
+                f"probes.measure(model). Received: evaluate of {self.model.name!r}."
+            )
         online = self._adopt(self.model) if self._loaded is not None else self._online
         known = online is not None and (online.built or online.restoring)
         if online is None or not known or online.host is not self.model:
@@ -541,8 +651,6 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 f"before `evaluate`. Received: evaluate of {self.model.name!r}."
             )
         online.reset_sums("test")
-        fit = self._fit()
-        within_fit = fit is not None and fit is next(iter(calling_lists()), None)
         self._test_split = "validation" if within_fit else "test"
         self._join("test", online)
 
@@ -551,6 +659,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self._joint.expect("test", self._online)
 
     def on_test_end(self, logs: dict | None = None) -> None:
+        if self._settings.data is not None:
+            return
         in_fit = self._fit() in calling_lists()
         self._leave(*("test",) if in_fit else ("test", "train"))
         if not in_fit and self.log_dir is not None:  # else the epoch's end writes it
@@ -560,7 +670,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
     # How it is done.
 
-    def _adopt(self, model: keras.Model) -> OnlineProbes:
+    def _adopt(self, model: keras.Model) -> HostProbes:
         """Returns the probes of `model`; those of another host are dropped."""
         if self._online is None or self._online.host is not model:
             settings, loaded = self._settings, self._loaded
@@ -570,9 +680,12 @@ class LinearProbeCallback(keras.callbacks.Callback):
                     task=loaded.settings.get("task"),
                     num_classes=loaded.settings["num_classes"],
                 )
-            self._online = OnlineProbes(model, settings)
+            own = settings.data is not None
+            self._online = (OwnDataProbes if own else RidingProbes)(model, settings)
             if loaded is not None:
                 self._online.restore(loaded.arrays)
+        if isinstance(self._online, OwnDataProbes):
+            self._online.room = self.features_limit
         self._online.memory_limit = self.memory_limit
         return self._online
 
@@ -587,6 +700,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             "sample_weight": asked.sample_weight,
             "model": asked.model,
             "unpack": asked.unpack if callable(asked.unpack) else None,
+            "data": asked.data,
         }
         code = {name: value for name, value in code.items() if value is not None}
         settings = {
@@ -596,13 +710,15 @@ class LinearProbeCallback(keras.callbacks.Callback):
             "unpack": None if "unpack" in code else asked.unpack,
             "code": list(code),
             **online.known,
-            "optimizer": online.probes.optimizer,
+            "optimizer": online.probes.optimizer if asked.data is None else None,
             "metrics": self.metrics,
             "mode": "isolated" if asked.isolated else "shared",
             "every": asked.every,
             "baselines": asked.baselines,
             "seed": asked.seed,
             "refit": asked.refit,
+            "every_epochs": asked.every_epochs,
+            "every_steps": asked.every_steps,
         }
         for name in ("reduce", "optimizer"):
             settings[name] = keras.saving.serialize_keras_object(settings[name])
@@ -615,7 +731,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self._online.restore(backup.arrays)
             self.results = backup.results
 
-    def _built(self) -> OnlineProbes:
+    def _built(self) -> HostProbes:
         if self._online is None or not self._online.built:
             raise ValueError("The probes are not built yet. Pass this callback to model.fit first.")
         return self._online
@@ -636,7 +752,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 "machine, or probe the finished model with extract_features and fit_probes."
             )
 
-    def _join(self, kind: Kind, online: OnlineProbes) -> None:
+    def _join(self, kind: Kind, online: HostProbes) -> None:
         own = self._joint if self._joint and self._joint.host is online.host else None
         self._joint = Joint.at(online.host) or own or Joint(online.host)
         self._joint.attach(kind, online, self._end_pass, next(iter(calling_lists()), None))
@@ -652,34 +768,47 @@ class LinearProbeCallback(keras.callbacks.Callback):
         self._loaded = None  # what it held, a host has taken
         with waiting(self._fit_params.get("verbose", 0)) as progress:
             last = self._epoch + 1 == self._fit_params.get("epochs")
-            measured = self._online.end_pass(kind, progress, last)
-        if not self.results.taps:
+            passes = self._online.end_pass(kind, progress, last)
+        if kind == "train":
+            self._measured_epoch = self._epoch
+        rows = self._add(passes, self._epoch, of_host)
+        # Before Keras backs up the host: where its backup is there, ours is.
+        if self._backups is not None and kind == "train":
+            self._backups.write(self._epoch + 1, self._checkpoint())
+        elif self._backups is not None and self._test_split == "validation":
+            self._backups.update(self._epoch + 1, self.results)
+        # Of an evaluation, Keras says itself that it is of validation.
+        val = "val_" if kind == "train" else ""
+        return {
+            (val if row.split == "validation" else "") + _log_key(row): row.value
+            for row in rows
+            if row.metric in self.metrics
+        }
+
+    def _add(self, passes: Passes, epoch: int, of_host: Mapping[str, Any]) -> list[Row]:
+        """Takes what was measured into the results; its rows."""
+        assert self._online is not None
+        if passes and not self.results.taps:
             plan = self._online.plan
             self.results.taps, self.results.graph = plan.tap_infos(), plan.nodes()
             self.results.left_out = dict(plan.left_out)
-            self.results.settings = {"model": self.model.name, **self._settings.described()}
+            self.results.settings = {"model": self._online.host.name, **self._settings.described()}
             self.results.versions = versions()
-        if kind == "train":
-            self._measured_epoch = self._epoch
-        split = "train" if kind == "train" else self._test_split
-        rows = list(rows_of(measured, self._epoch, split, self.metrics, of_host))
-        self.results.add(rows)
         taps = tuple(tap.name for tap in self.results.taps)
-        for key, moments in measured.pairs.items():
-            of = measured.targets[key]
-            pairs = Pairs(self._epoch, taps, moments)
-            self.results.pairs[of.name, of.baseline, split] = pairs
-        for key, counts in measured.details().items():
-            of = measured.targets[key]
-            self.results.details[of.name, of.baseline, split] = Details(self._epoch, counts)
-        if measured.refit is not None:
-            self.results.refits.append(measured.refit)
-        # Before Keras backs up the host: where its backup is there, ours is.
-        if self._backups is not None and split == "train":
-            self._backups.write(self._epoch + 1, self._checkpoint())
-        elif self._backups is not None and split == "validation":
-            self._backups.update(self._epoch + 1, self.results)
-        return {_log_key(row): row.value for row in rows if row.metric in self.metrics}
+        added: list[Row] = []
+        for kind, measured in passes.items():
+            split = self._test_split if kind == "test" else kind
+            added += rows_of(measured, epoch, split, self.metrics, of_host)
+            for key, moments in measured.pairs.items():
+                of = measured.targets[key]
+                self.results.pairs[of.name, of.baseline, split] = Pairs(epoch, taps, moments)
+            for key, counts in measured.details().items():
+                of = measured.targets[key]
+                self.results.details[of.name, of.baseline, split] = Details(epoch, counts)
+            if measured.refit is not None:
+                self.results.refits.append(measured.refit)
+        self.results.add(added)
+        return added
 
     def _write_batches(self, writer: TensorBoardWriter, batches: int, every: int) -> None:
         """Writes what was measured since the last time, once that is `every` batches."""
@@ -693,6 +822,38 @@ class LinearProbeCallback(keras.callbacks.Callback):
         if any(row.n for row in rows):
             self._logged = (batches, sums)
             writer.write_batches(ProbeResults(online.plan.tap_infos(), rows))
+
+
+def _check_schedule(data: Any, every_epochs: int, every_steps: int | None) -> None:
+    for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps)):
+        unset = 1 if name == "every_epochs" else None
+        if value != unset and (type(value) is not int or value < 1):
+            raise ValueError(f"Expected `{name}` to be a positive integer. Received: {value!r}.")
+        if value != unset and data is None:
+            raise ValueError(
+                f"{name}= says when probes with data= of their own are measured. Received: "
+                f"{name}={value!r} without data. Probes that ride in fit have every=."
+            )
+
+
+def _check_riding_alone(**given: tuple[Any, Any]) -> None:
+    """Refuses what only probes without data of their own know, each given with its default."""
+    for name, (value, default) in given.items():
+        if value != default:
+            raise ValueError(
+                f"{name}= is about the batches of fit, and probes with data= of their own do not "
+                f"see these. Received: {name}={value!r}. Leave one of the two out."
+            )
+
+
+def _steps_of(model: keras.Model, unknown: int) -> int:
+    """Number of batches that a model has trained on, by its optimizer if it has one."""
+    optimizer = getattr(model, "optimizer", None)
+    return unknown if optimizer is None else int(optimizer.iterations.value.numpy())
+
+
+def _silent(text: str) -> None:
+    """Shows no progress."""
 
 
 def _no_fit() -> None:

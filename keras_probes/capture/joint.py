@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 
 from keras_probes.capture.keras_run import evaluate_returns_list, is_running
-from keras_probes.capture.steps import Kind, Observer, Part, Steps
+from keras_probes.capture.steps import Kind, Part, Steps
 
 _EPOCH_LOGS = "_get_metrics_result_or_logs"
 _LOGS_AS_LIST = "_flatten_metrics_in_order"
@@ -44,12 +44,12 @@ class Joint:
     def __init__(self, host: keras.Model):
         self.host = host
         self.keys: set[str] = set()  # of all logs that observers have added
-        self._attached: dict[Kind, dict[Observer, EndPass]] = {"train": {}, "test": {}}
-        self._expected: dict[Kind, dict[Observer, Part]] = {"train": {}, "test": {}}
+        self._attached: dict[Kind, dict[Any, EndPass]] = {"train": {}, "test": {}}
+        self._expected: dict[Kind, dict[Any, Part | None]] = {"train": {}, "test": {}}
         # Weakly, so that whoever waits for the end of a run sees it, after an exception too.
         self._runs: weakref.WeakValueDictionary[Kind, Any] = weakref.WeakValueDictionary()
         self._guards: dict[Kind, Any] = {}
-        self._last: dict[Kind, tuple[Any, list[Observer]]] = {}  # what the last step returned
+        self._last: dict[Kind, tuple[Any, list[Any]]] = {}  # what the last step returned
         self._steps = Steps(host)
 
     @classmethod
@@ -57,12 +57,12 @@ class Joint:
         """Returns the joint that is in place on `host`, if any."""
         return getattr(vars(host).get(_EPOCH_LOGS), "joint", None)
 
-    def attach(self, kind: Kind, observer: Observer, end_pass: EndPass, run: object) -> None:
+    def attach(self, kind: Kind, observer: Any, end_pass: EndPass, run: object) -> None:
         """Joins `observer` to the steps of `kind`; once the host's function for them is made.
 
         Args:
             kind: Which steps.
-            observer: What to run in them.
+            observer: What to run in them, an `Observer`; anything else can be told of their end.
             end_pass: Called once when the epoch or evaluation of these steps ends.
             run: Identifies the `fit` or `evaluate`, see `calling_lists`. Observers that a run
                 before it left attached, since it was interrupted, are let go.
@@ -83,7 +83,7 @@ class Joint:
         if Joint.at(self.host) is not self:
             self._replace_epoch_logs()
 
-    def detach(self, kind: Kind, observer: Observer) -> None:
+    def detach(self, kind: Kind, observer: Any) -> None:
         """Takes `observer` off; the last one to go leaves the host as it was."""
         self._attached[kind].pop(observer, None)
         if not self._attached[kind]:
@@ -93,13 +93,14 @@ class Joint:
         if not any(self._attached.values()):
             self._restore_epoch_logs()
 
-    def expect(self, kind: Kind, observer: Observer, part: Part = Part()) -> None:  # noqa: B008
+    def expect(self, kind: Kind, observer: Any, part: Part | None = Part()) -> None:  # noqa: B008
         """Says that the host's next step of `kind` belongs to a run `observer` takes part in.
 
         Args:
             kind: Which steps.
             observer: What to run in it.
-            part: What part it takes; in a step without any, the host is as if nobody were there.
+            part: What part it takes; `None` of what is only told of the end of the run. In a step
+                without any, the host is as if nobody were there.
         """
         if observer in self._attached[kind]:
             self._expected[kind][observer] = part
@@ -114,7 +115,8 @@ class Joint:
                     self._remove()
                 return plain(iterator)
             try:
-                logs = self._steps.take(kind, parts, plain, iterator)
+                taken = {observer: part for observer, part in parts.items() if part is not None}
+                logs = self._steps.take(kind, taken, plain, iterator)
             except (StopIteration, tf.errors.OutOfRangeError):  # the data has run out
                 self._steps.forget_batches()
                 raise

@@ -29,7 +29,7 @@ class Measured:
         known: By target, the tally of the labels they trained on.
         counts: By target, that of this pass.
         pairs: By key, how errors went together, in an evaluation.
-        spectra: By tap, in how many directions features vary, where that was looked at.
+        spectra: By target and tap, in how many directions features vary, where that was looked at.
         refit: What became of the refit at its end; `None` if there was none.
     """
 
@@ -41,7 +41,7 @@ class Measured:
     known: Mapping[str | None, np.ndarray]
     counts: Mapping[str | None, np.ndarray]
     pairs: Mapping[str | None, np.ndarray]
-    spectra: Mapping[str, Spectrum]
+    spectra: Mapping[str | None, Mapping[str, Spectrum]]
     refit: Refit | None = None
 
     def details(self) -> dict[str | None, dict[str, dict[str, np.ndarray]]]:
@@ -118,8 +118,8 @@ def _interval_of_examples(
 def _rows_of_spectra(
     measured: Measured, epoch: int, split: str, target: Target, key: str | None
 ) -> Iterator[Row]:
-    """In how many directions features vary: the same for each target, beside its errors."""
-    for tap, spectrum in measured.spectra.items():
+    """In how many directions features vary, beside the errors of each target."""
+    for tap, spectrum in measured.spectra.get(key, {}).items():
         n, left_out = (int(measured.sums[key][tap][name]) for name in ("count", "nonfinite"))
         for metric in SPECTRUM:
             value = float(getattr(spectrum, metric))

@@ -8,14 +8,12 @@ The sample is as large as the budget allows, see `budget`.
 
 import dataclasses
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tensorflow as tf
-
 from keras_probes.forward import ForwardPass
 from keras_probes.online.budget import Costs
+from keras_probes.online.rows import Rows
 from keras_probes.online.sample import MAX_EXAMPLES, Sample
 from keras_probes.probes.probe_set import ProbeSet
 from keras_probes.probes.targets import Target
@@ -28,11 +26,22 @@ Progress = Callable[[str], None]
 
 @dataclasses.dataclass
 class Snapshot:
-    """The probes that see the same features: those of the host as it is, or as it was at first."""
+    """The probes that see the same features: of a set of examples, and of the host as it is or was.
+
+    Attributes:
+        plan: The taps.
+        targets: What is asked.
+        probes: The probes.
+        name: What its part of a saved state is called; empty of the first.
+        of_set: Which set of examples the probes have, of several.
+        forward: What computes the features.
+    """
 
     plan: TapPlan
     targets: list[Target]
     probes: ProbeSet
+    name: str = ""
+    of_set: int = 0
     forward: ForwardPass | None = None
 
 
@@ -130,33 +139,22 @@ class Refitter:
             batches = self._sample.drawn(n)
             for snapshot in snapshots:
                 progress(f"forward pass over {n:,} examples")
-                features, labels, weights = self._forward(snapshot, batches)
+                assert snapshot.forward is not None
+                rows = Rows()
+                for batch in batches:
+                    rows.add(snapshot.forward(batch))
                 snapshot.probes.refit(
-                    features, labels, weights, kept=min(1.0, n / max(examples, 1)), passes=passes,
+                    rows.features, rows.labels, rows.weights,
+                    kept=min(1.0, n / max(examples, 1)), passes=passes,
                     epoch=self._epoch, seed=self._seed, progress=progress,
                     spectra=spectra and snapshot is snapshots[0],
                 )  # fmt: skip
                 found = snapshot.probes.certificates("test")
-                missing = {tap for t in labels for tap in features if (t, tap) not in found}
+                missing = {
+                    tap for t in rows.labels for tap in rows.features if (t, tap) not in found
+                }
                 left_out |= dict.fromkeys(missing, "no labelled examples with finite features")
         if reason:
             left_out = dict.fromkeys(snapshots[0].plan.n_features, reason)
         self._sample.begin(self._epoch)
         return Refit(self._epoch, n, time.perf_counter() - begun, left_out)
-
-    def _forward(
-        self, snapshot: Snapshot, batches: Sequence[Any]
-    ) -> tuple[dict[str, tf.Tensor], dict[str | None, tf.Tensor], dict[str | None, tf.Tensor]]:
-        """Features by tap, labels and weights by target."""
-        assert snapshot.forward is not None
-        parts = defaultdict(list)
-        for batch in batches:
-            for name, part in snapshot.forward(batch).items():
-                parts[name].append(part)
-        rows = {name: tf.concat(parts.pop(name), axis=0) for name in list(parts)}
-        labels = {t.key: rows["labels", t.key] for t in snapshot.targets}
-        weights = {
-            name: rows.get(("weights", name), tf.ones(len(of_target)))
-            for name, of_target in labels.items()
-        }
-        return {tap: rows["tap", tap] for tap in snapshot.plan.n_features}, labels, weights

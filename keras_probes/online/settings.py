@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_probes.probes.resolve import named_targets
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector
 
@@ -29,12 +30,36 @@ class Settings:
     refit: float
     model: Any = None
     unpack: int | Callable[[Any], Any] | None = None
+    data: Any = None
+    validation_data: Any = None
+    every_epochs: int = 1
+    every_steps: int | None = None
 
     def described(self) -> dict[str, Any]:
         """What was asked for, as results keep it."""
         asked = {**vars(self), "mode": "isolated" if self.isolated else "shared"}
         del asked["isolated"]
+        if self.data is None:
+            del asked["every_epochs"]
         return {name: _described(value) for name, value in asked.items() if value not in (None, ())}
+
+    def of_set(self, name: str | None) -> "Settings":
+        """What was asked of a set of examples: targets are named by it, alone or with their own."""
+        if name is None:
+            return self
+        names = {own: "_".join(filter(None, (name, own))) for own in named_targets(self.target)}
+
+        def given(argument: Any) -> Any:
+            if not isinstance(argument, Mapping):
+                return argument
+            return {of: argument[of] for of in names.values() if of in argument}
+
+        return dataclasses.replace(
+            self,
+            target={names[own]: select for own, select in named_targets(self.target).items()},
+            task=given(self.task),
+            num_classes=given(self.num_classes),
+        )
 
     def unpacking(self) -> Callable[[Any], tuple[Any, Any, Any]]:
         """What takes a batch apart, to (x, y, sample_weight)."""

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_probes.probes.heads import SAME, LinearHeads, Standardize, averaging_rate
-from keras_probes.probes.refit import NARROW, refit
+from keras_probes.probes.refit import NARROW, TOL, refit
 from keras_probes.probes.replicas import sum_over_replicas
 from keras_probes.probes.spectrum import Spectrum
 from keras_probes.probes.spread import LARGEST
@@ -62,6 +62,7 @@ class ProbeSet:
         tasks: What each target asks; the key is its name, `None` if it has none.
         optimizer: Keras optimizer for the probes, used by nobody else.
         rows_per_example: How many rows in a row are of one example: its positions.
+        name: What the names of its layers begin with, where one model is to have several sets.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ProbeSet:
         tasks: Mapping[str | None, Task],
         optimizer: keras.optimizers.Optimizer,
         rows_per_example: int = 1,
+        name: str = "",
     ):
         self.rows_per_example = rows_per_example
         self.taps = list(n_features)
@@ -83,9 +85,9 @@ class ProbeSet:
         by_width: dict[int, list[str]] = defaultdict(list)
         for tap, width in n_features.items():
             by_width[width].append(tap)
-        self._groups = [_group(taps, width, tasks) for width, taps in by_width.items()]
+        self._groups = [_group(taps, width, tasks, name) for width, taps in by_width.items()]
         shapes = [(len(group.taps), group.n_features) for group in self._groups]
-        self._standardize = Standardize(shapes, name="standardize")
+        self._standardize = Standardize(shapes, name=f"{name}standardize")
         # Steps that were taken, and examples they were taken on.
         self._steps = keras.Variable(0.0, dtype="float32", name="probe_steps", **SAME)
         self._examples = keras.Variable(0.0, dtype="float32", name="examples", **SAME)
@@ -233,7 +235,7 @@ class ProbeSet:
 
     def refit(
         self,
-        features: Features,
+        features: Mapping[str, Any],
         labels: Labels,
         weights: Labels,
         *,
@@ -241,6 +243,7 @@ class ProbeSet:
         passes: int,
         epoch: int = 0,
         seed: int = 0,
+        tol: float = TOL,
         spectra: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -250,13 +253,15 @@ class ProbeSet:
         label and finite features.
 
         Args:
-            features: By tap, float32, shape (n, n_features), of a host that stands still.
+            features: By tap, float32, shape (n, n_features), of a host that stands still. They are
+                read tap by tap, so that they may lie on disk.
             labels: By target, as its task has them.
             weights: By target, float32, shape (n,).
             kept: Share of the epoch's examples that are in the sample.
             passes: About how many passes over the sample to take for each probe.
             epoch: Its number.
             seed: Seed of what is drawn.
+            tol: How far above its optimum a probe may be, in nats.
             spectra: Whether to find in how many directions features vary.
             progress: Takes what is going on, in words.
         """
@@ -267,10 +272,11 @@ class ProbeSet:
                 self._rescale(target, labels[target].numpy())
         labels = self._standardised(labels)
         total = len(self.targets) * len(self.taps)
-        options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed,
+        options = {"kept": kept, "passes": passes, "epoch": epoch, "seed": seed, "tol": tol,
                    "together": self.rows_per_example}  # fmt: skip
         for width, stack in self._stacks(len(next(iter(features.values())))):
-            sampled = [self._sampled(*at, features[self._tap(*at)]) for at in stack]
+            x = (tf.convert_to_tensor(features[self._tap(*at)]) for at in stack)
+            sampled = [self._sampled(*at, of_tap) for at, of_tap in zip(stack, x, strict=True)]
             if spectra:
                 for at, (z, _) in zip(stack, sampled, strict=True):
                     self.spectra[self._tap(*at)] = Spectrum.of(self._standardize.unscaled(*at, z))
@@ -580,7 +586,7 @@ def pair_moments(errors: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
     return tf.matmul(tf.cast(rows, tf.float64), tf.cast(columns, tf.float64), transpose_b=True)
 
 
-def _group(taps: list[str], n_features: int, tasks: Mapping[str | None, Task]) -> _Group:
+def _group(taps: list[str], n_features: int, tasks: Mapping[str | None, Task], name: str) -> _Group:
     heads = {
         target: LinearHeads(
             len(taps),
@@ -588,7 +594,7 @@ def _group(taps: list[str], n_features: int, tasks: Mapping[str | None, Task]) -
             task.outputs,
             task.activation,
             task.scaled,
-            name=f"heads_{n_features}_{place}",
+            name=f"{name}heads_{n_features}_{place}",
         )
         for place, (target, task) in enumerate(tasks.items())
     }

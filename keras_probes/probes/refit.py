@@ -88,6 +88,7 @@ def refit(
     epoch: int,
     seed: int,
     together: int = 1,
+    tol: float = TOL,
 ) -> Refit:
     """Takes T probes of one width to their optimum.
 
@@ -104,6 +105,8 @@ def refit(
         epoch: Number of the epoch: when penalties are looked at, and by which examples.
         seed: Seed of these examples' draw.
         together: How many rows in a row are of one example, and are held out together.
+        tol: How far above its optimum a probe may be, in nats; of narrow taps, and while penalties
+            are compared, `FINE_TOL` at most.
 
     Returns:
         The `Refit`.
@@ -116,10 +119,10 @@ def refit(
     if np.any(l2 == 0) or epoch % SEARCH_EVERY == 0:
         examples = np.random.default_rng((seed, epoch)).permutation(z.shape[1] // together)
         order = (examples[:, None] * together + np.arange(together)).ravel()
-        penalties, found = _searched(whole, order, begin, l2, passes)
+        penalties, found = _searched(whole, order, begin, l2, passes, min(tol, FINE_TOL))
     # The first probes there are come of a few steps, and stand for nothing.
     trust = np.where(l2 > 0, OTHERS * (1.0 - kept), 0.0)
-    tol = FINE_TOL if z.shape[2] <= NARROW else TOL
+    tol = min(tol, FINE_TOL) if z.shape[2] <= NARROW else tol
     fit = minimise(
         whole, penalties, start=found, near=begin, trust=trust, tol=tol,
         max_passes=max(passes - whole.passes, passes // 2),
@@ -162,7 +165,12 @@ def _within_span(
 
 
 def _searched(
-    whole: Problem, order: np.ndarray, start: np.ndarray, l2: np.ndarray, max_passes: int
+    whole: Problem,
+    order: np.ndarray,
+    start: np.ndarray,
+    l2: np.ndarray,
+    max_passes: int,
+    tol: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best penalties by an eighth of the examples, and the probes with them on the others.
 
@@ -172,6 +180,7 @@ def _searched(
         start: W over b, shape (T, d + 1, K).
         l2: The penalties so far, shape (T,); 0 for none.
         max_passes: Number of passes after which to try no more.
+        tol: How far above its optimum a probe may be, in nats.
     """
     apart = np.split(order, [max(1, len(order) // HELD_OUT)])
     held, others = (whole.of_examples(np.sort(at)) for at in apart)
@@ -180,7 +189,7 @@ def _searched(
     if known:
         begin = np.abs(np.log(PENALTIES[:, None] / l2)).argmin(axis=0)
     places, found = choose_penalty(
-        others, lambda tried: held.losses(tried)[0], PENALTIES, begin, start=start, tol=FINE_TOL,
+        others, lambda tried: held.losses(tried)[0], PENALTIES, begin, start=start, tol=tol,
         max_passes=max_passes, step=1 if known else FIRST_STEP, gain=GAIN if known else 0.0,
     )  # fmt: skip
     whole.passes += others.passes

@@ -84,12 +84,12 @@ def compare_rows(pairs: Pairs | None, row: Any, row_of_other: Any) -> Comparison
         row_of_other: Of the other.
     """
     if pairs is None or pairs.of(row.name, row_of_other.name)[0] < 2:
-        return _independent(row, row_of_other)
+        return independent(row, row_of_other)
     return _paired(pairs, row, row_of_other)
 
 
 def _paired(pairs: Pairs, row: Any, row_of_other: Any) -> Comparison:
-    stats = _stats()
+    stats = scipy_stats()
     tap, other = row.name, row_of_other.name
     n, total, squares, of_other, squares_of_other, both = pairs.of(tap, other)
     if (squares, squares_of_other) == (total, of_other):  # each is 0 or 1
@@ -117,7 +117,8 @@ def _paired(pairs: Pairs, row: Any, row_of_other: Any) -> Comparison:
     )
 
 
-def _independent(row: Any, row_of_other: Any) -> Comparison:
+def independent(row: Any, row_of_other: Any) -> Comparison:
+    """Compares two rows as measures of different examples, by their own intervals."""
     difference = row["value"] - row_of_other["value"]
     deviation = math.hypot(deviation_of(row), deviation_of(row_of_other))
     z = _ratio(difference, deviation)
@@ -140,7 +141,8 @@ def deviation_of(row: Any) -> float:
     return (row["ci_high"] - row["ci_low"]) / (2 * Z_95)
 
 
-def _stats() -> Any:
+def scipy_stats() -> Any:
+    """The module `scipy.stats`, which an extra brings."""
     try:
         import scipy.stats
     except ImportError as error:

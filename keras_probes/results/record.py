@@ -5,8 +5,9 @@ In: one `Row` a measure. Out: a tidy frame, the probes, files; by way of `view`,
 
 import os
 import pathlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 import pandas as pd
@@ -25,6 +26,7 @@ from keras_probes.results.schema import (
 )
 
 if TYPE_CHECKING:
+    from keras_probes.results.agreement import Agreement
     from keras_probes.results.compare import Comparison
     from keras_probes.view.diagnose import Findings
 
@@ -68,8 +70,8 @@ class ProbeResults:
     ):
         self.taps = list(taps)
         self._rows: list[Row] = []
-        # The latest row of each tap: by target, metric and baseline, then by split and epoch.
-        self._passes: dict[_Kind, dict[tuple[str, int], dict[str, Row]]] = {}
+        # The latest row of each tap: by target, metric and baseline, then by split, epoch and step.
+        self._passes: dict[_Kind, dict[tuple[str, int, int], dict[str, Row]]] = {}
         self.add(rows)
         self.probes = dict(probes or {})
         self.reductions = dict(reductions or {})
@@ -87,7 +89,7 @@ class ProbeResults:
         for row in rows:
             self._rows.append(row)
             passes = self._passes.setdefault((row.target, row.metric, row.baseline), {})
-            passes.setdefault((row.split, row.epoch), {})[row.tap] = row
+            passes.setdefault((row.split, row.epoch, row.step), {})[row.tap] = row
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -156,7 +158,7 @@ class ProbeResults:
             )
         name = self.resolve_target(target)
         passes = self._passes.get((name, metric, baseline), {})
-        found = {of_pass for of_pass, at in passes if epoch in (None, at)}
+        found = {of_pass for of_pass, at, _ in passes if epoch in (None, at)}
         wanted = split or next((s for s in reversed(SPLITS) if s in found), None)
         latest = self.latest(metric, name, baseline=baseline, split=wanted, epoch=epoch)
         if not latest:
@@ -192,7 +194,7 @@ class ProbeResults:
         """
         latest: dict[str, Row] = {}
         passes = self._passes.get((target, metric, baseline), {})
-        for (of_split, of_epoch), rows in passes.items():
+        for (of_split, of_epoch, _), rows in passes.items():
             if split in (None, of_split) and epoch in (None, of_epoch):
                 latest |= rows
         return latest
@@ -204,6 +206,7 @@ class ProbeResults:
         split: str | None = None,
         target: str | None = None,
         baseline: str | None = None,
+        by: Literal["epoch", "step"] = "epoch",
     ) -> pd.DataFrame:
         """Returns a measure at every epoch.
 
@@ -212,22 +215,24 @@ class ProbeResults:
             split: Which split; by default the last measured of train, validation and test.
             target: Which target; may be left out if there is only one.
             baseline: Which baseline of it; the probes by default.
+            by: `"step"` for what was measured several times in an epoch, as with `every_steps=`.
 
         Returns:
-            A frame with a row a tap, in graph order, and a column an epoch, from 0.
+            A frame with a row a tap, in graph order, and a column an epoch, from 0; or a column for
+            each number of batches after which something was measured.
 
         Raises:
             ValueError: As `measured`.
         """
         latest = self.measured(metric, split=split, target=target, baseline=baseline)
         passes = self._passes[self.resolve_target(target), metric, baseline]
-        values = {
-            epoch: {tap: row.value for tap, row in rows.items()}
-            for (of_split, epoch), rows in passes.items()
-            if of_split == latest["split"].iloc[0]
-        }
+        values: dict[int, dict[str, float]] = defaultdict(dict)
+        for (of_split, epoch, step), rows in passes.items():
+            if of_split == latest["split"].iloc[0]:
+                moment = step if by == "step" else epoch
+                values[moment] |= {tap: row.value for tap, row in rows.items()}
         table = pd.DataFrame(values, index=latest.index).sort_index(axis="columns")
-        return table.rename_axis(columns="epoch")
+        return table.rename_axis(columns=by)
 
     @property
     def targets(self) -> list[str | None]:
@@ -303,6 +308,41 @@ class ProbeResults:
         from keras_probes.results.compare import compare
 
         return compare(self, tap, other, split=split, target=target)
+
+    def compare_with(
+        self,
+        other: "ProbeResults",
+        *,
+        metric: str = "error",
+        split: str | None = None,
+        other_split: str | None = None,
+        target: str | None = None,
+    ) -> "Agreement":
+        """Compares two runs, such as probes that trained online with optimal ones.
+
+        Args:
+            other: The results of the other run.
+            metric: Which measure.
+            split: Which split; by default the last of train, validation and test that each run
+                measured.
+            other_split: Which split of the other run, if not the same.
+            target: Which target of both; may be left out if there is only one.
+
+        Returns:
+            Whether layers have the same order in both, by Kendall's tau-b with its 95% interval
+            (Fieller, Hartley & Pearson 1957), and a `table` of the two measures of each layer with
+            their difference. Layers that only one run measured are left out, and named.
+
+        Raises:
+            ImportError: SciPy is not installed.
+            ValueError: Fewer than two layers were measured in both runs, there are several targets
+                and none is named, or nothing of this was measured.
+        """
+        from keras_probes.results.agreement import compare_with
+
+        return compare_with(
+            self, other, metric=metric, split=split, other_split=other_split, target=target
+        )
 
     def per_class(
         self, tap: str, *, split: str | None = None, target: str | None = None

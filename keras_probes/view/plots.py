@@ -5,7 +5,7 @@ its layers where it makes its own.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -109,6 +109,7 @@ def plot_curves(
     metric: str = "error",
     split: str | None = None,
     target: str | None = None,
+    by: Literal["epoch", "step"] = "epoch",
 ) -> "Axes":
     """Draws a measure over epochs, a curve a layer, coloured by depth.
 
@@ -118,6 +119,7 @@ def plot_curves(
         metric: Which measure.
         split: Which split; by default the last measured of train, validation and test.
         target: Which target; may be left out if there is only one.
+        by: As of `ProbeResults.history`.
 
     Returns:
         The Axes.
@@ -128,23 +130,23 @@ def plot_curves(
     """
     latest = results.measured(metric, split=split, target=target)
     split = latest["split"].iloc[0]
-    values = results.history(metric, split=split, target=target)
+    values = results.history(metric, split=split, target=target, by=by)
     ax = ax or _new_axes(width=7.5, height=4.2)
     colors = order_colors(len(values))
-    epochs = values.columns.to_numpy(int) + 1
+    moments = _moments(values)
     for (tap, of_tap), color in zip(values.iterrows(), colors, strict=True):
-        ax.plot(epochs, of_tap, color=color, label=tap, linewidth=1.5, **_point(epochs))
-    if latest["host"].notna().any():
+        ax.plot(moments, of_tap, color=color, label=tap, linewidth=1.5, **_point(moments))
+    if by == "epoch" and latest["host"].notna().any():
         host = [
             results.measured(metric, split=split, epoch=int(epoch), target=target)["host"].iloc[-1]
-            for epoch in epochs - 1
+            for epoch in moments - 1
         ]
-        ax.plot(epochs, host, "--", color="0.35", label="the model itself", **_point(epochs))
+        ax.plot(moments, host, "--", color="0.35", label="the model itself", **_point(moments))
     if len(values) <= MOST_IN_LEGEND:
         ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
         _depth_key(ax, list(values.index))
-    _epoch_axis(ax)
+    _time_axis(ax, by)
     ax.set_ylabel(f"{split} {in_words(metric)}")
     ax.set_title(_title(results, target))
     ax.grid(color="0.9")
@@ -159,6 +161,7 @@ def plot_heatmap(
     metric: str = "error",
     split: str | None = None,
     target: str | None = None,
+    by: Literal["epoch", "step"] = "epoch",
 ) -> "Axes":
     """Draws a measure over depth and epochs at once, the input at the bottom.
 
@@ -168,6 +171,7 @@ def plot_heatmap(
         metric: Which measure.
         split: Which split; by default the last measured of train, validation and test.
         target: Which target; may be left out if there is only one.
+        by: As of `ProbeResults.history`.
 
     Returns:
         The Axes.
@@ -176,17 +180,19 @@ def plot_heatmap(
         ImportError: matplotlib is not installed.
         ValueError: Nothing of this was measured.
     """
-    values = results.history(metric, split=split, target=target)
+    values = results.history(metric, split=split, target=target, by=by)
     split = results.measured(metric, split=split, target=target)["split"].iloc[0]
     height = float(np.clip(1.2 + 0.2 * len(values), 3.0, 12.0))
     ax = ax or _new_axes(width=7.0, height=height)
-    epochs = values.columns.to_numpy(int)
-    edges = np.append(epochs + 0.5, epochs[-1] + 1.5)
+    moments = _moments(values)
+    gaps = np.diff(moments) if len(moments) > 1 else np.ones(1)
+    padded = np.concatenate([moments[:1] - gaps[0], moments, moments[-1:] + gaps[-1]])
+    edges = (padded[1:] + padded[:-1]) / 2
     places = np.arange(len(values) + 1) - 0.5
     mesh = ax.pcolormesh(edges, places, values.to_numpy(), cmap=COLORS)
     shown = thinned(len(values), MOST_LABELS)
     ax.set_yticks(shown, [values.index[place] for place in shown], fontsize=8)
-    _epoch_axis(ax)
+    _time_axis(ax, by)
     ax.set_title(_title(results, target))
     bar = ax.figure.colorbar(mesh, ax=ax)
     bar.set_label(f"{split} {in_words(metric)}")
@@ -331,16 +337,21 @@ def _depth_key(ax: "Axes", names: list[str]) -> None:
     bar.ax.invert_yaxis()
 
 
-def _epoch_axis(ax: "Axes") -> None:
+def _moments(history: "pd.DataFrame") -> np.ndarray:
+    """When the columns of a history were measured: epochs, from 1, or numbers of batches."""
+    return history.columns.to_numpy(int) + (history.columns.name == "epoch")
+
+
+def _time_axis(ax: "Axes", by: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("epoch")
+    ax.set_xlabel({"epoch": "epoch", "step": "batches"}[by])
 
 
-def _point(epochs: Any) -> dict[str, Any]:
+def _point(moments: Any) -> dict[str, Any]:
     """How to mark a curve of a single point, which has no line."""
-    return {"marker": "o"} if len(epochs) == 1 else {}
+    return {"marker": "o"} if len(moments) == 1 else {}
 
 
 def in_words(metric: str) -> str:

@@ -61,8 +61,8 @@ def test_tracking(images, tmp_path, host, how):
     figure = tmp_path / "gaps.png"
     options = ("--data", images, "--epochs", 2, "--limit", 400, "--figure", figure)
     printed = run("tracking.py", host, *how, *options)
-    for column in ("first epoch, median", "later, worst", "BatchNormalization, Dense"):
-        assert column in printed
+    for name in ("first epoch, median", "later, worst", "tau, lowest", "BatchNormalization, Dense"):
+        assert name in printed
     for tap in {"mnist": ("pool2", "fc2"), "cifar": ("stem_norm", "logits")}[host]:
         of_each_kind = re.findall(rf"^{tap} ", printed, flags=re.MULTILINE)
         assert len(of_each_kind) == 3
