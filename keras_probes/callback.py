@@ -30,7 +30,7 @@ from keras_probes.online.measured import rows_of, rows_of_batches
 from keras_probes.online.own_data import OwnDataProbes
 from keras_probes.online.probes import HostProbes, Passes, mebibytes
 from keras_probes.online.riding import RidingProbes
-from keras_probes.online.settings import Settings
+from keras_probes.online.settings import Settings, names_of_targets
 from keras_probes.online.waiting import waiting
 from keras_probes.probes.probe_set import Sums
 from keras_probes.probes.resolve import POSITIONS, named_targets
@@ -247,11 +247,18 @@ class LinearProbeCallback(keras.callbacks.Callback):
         check_sets(data, validation_data)
         _check_schedule(data, every_epochs, every_steps)
         if data is not None:
-            _check_riding_alone(
+            _refuse_riding_only(
                 every=(every, "auto"), optimizer=(optimizer, None), refit=(refit, 0.1),
                 unpack=(unpack, None), update_freq=(update_freq, "epoch"),
             )  # fmt: skip
-        names = named_targets(target)
+        sets = data if isinstance(data, Mapping) else (None,)
+        names = [name for of in sets for name in names_of_targets(of, target).values()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"Two targets would be named {name!r}, by their sets of data and their own "
+                    "names. Rename one."
+                )
         for baseline in baselines:
             for name in names:
                 if name_of_baseline(baseline, name) in names:
@@ -373,7 +380,8 @@ class LinearProbeCallback(keras.callbacks.Callback):
             epoch: What the measurement is counted as, from 0. By default the epoch of the `fit`
                 that is running; else one more than the last that was measured.
             step: Number of batches that the model has trained on. By default what its optimizer
-                has counted, if it has one; else the number of measurements before.
+                has counted, if it is compiled with one that is used; else the number of
+                measurements before.
 
         Returns:
             The new measures, as `results.frame()` has them. They are in `results` as well.
@@ -396,7 +404,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             )
         online = self._adopt(model)
         assert isinstance(online, OwnDataProbes)
-        in_fit = self._fit() is not None
+        in_fit = self._fit() in calling_lists()
         if epoch is None:
             latest = max((row.epoch for row in self.results.rows), default=-1)
             epoch = self._epoch if in_fit else latest + 1
@@ -579,7 +587,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
             self._fit = weakref.ref(fit)
             if self._writer is not None:
                 weakref.finalize(fit, self._writer.close)  # where an exception ends it
-        self._begun, self._measured_epoch = False, None
+        self._epoch, self._begun, self._measured_epoch = 0, False, None
         self._fit_params = {"steps": None, "verbose": 0, **self.params}
         self._join("train", online)
 
@@ -602,7 +610,7 @@ class LinearProbeCallback(keras.callbacks.Callback):
                 with waiting(self._fit_params["verbose"]) as progress:
                     passes = self._online.measure_in_fit(progress, self._epoch)
                 rows = self._add(passes, self._epoch, {})
-                if self._writer is not None:
+                if rows and self._writer is not None:
                     self._writer.write_batches(ProbeResults(self.results.taps, rows))
             return
         if self._writer is not None and self.update_freq != "epoch":
@@ -771,9 +779,10 @@ class LinearProbeCallback(keras.callbacks.Callback):
             passes = self._online.end_pass(kind, progress, last)
         if kind == "train":
             self._measured_epoch = self._epoch
-        rows = self._add(passes, self._epoch, of_host)
+        # What the host logs is about its own data.
+        rows = self._add(passes, self._epoch, of_host if self._settings.data is None else {})
         # Before Keras backs up the host: where its backup is there, ours is.
-        if self._backups is not None and kind == "train":
+        if self._backups is not None and kind == "train" and self._online.built:
             self._backups.write(self._epoch + 1, self._checkpoint())
         elif self._backups is not None and self._test_split == "validation":
             self._backups.update(self._epoch + 1, self.results)
@@ -825,9 +834,11 @@ class LinearProbeCallback(keras.callbacks.Callback):
 
 
 def _check_schedule(data: Any, every_epochs: int, every_steps: int | None) -> None:
-    for name, value in (("every_epochs", every_epochs), ("every_steps", every_steps)):
-        unset = 1 if name == "every_epochs" else None
-        if value != unset and (type(value) is not int or value < 1):
+    for name, value, unset in (
+        ("every_epochs", every_epochs, 1),
+        ("every_steps", every_steps, None),
+    ):
+        if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"Expected `{name}` to be a positive integer. Received: {value!r}.")
         if value != unset and data is None:
             raise ValueError(
@@ -836,7 +847,7 @@ def _check_schedule(data: Any, every_epochs: int, every_steps: int | None) -> No
             )
 
 
-def _check_riding_alone(**given: tuple[Any, Any]) -> None:
+def _refuse_riding_only(**given: tuple[Any, Any]) -> None:
     """Refuses what only probes without data of their own know, each given with its default."""
     for name, (value, default) in given.items():
         if value != default:
@@ -847,9 +858,10 @@ def _check_riding_alone(**given: tuple[Any, Any]) -> None:
 
 
 def _steps_of(model: keras.Model, unknown: int) -> int:
-    """Number of batches that a model has trained on, by its optimizer if it has one."""
+    """Number of batches that a model has trained on, by its optimizer if it has one in use."""
     optimizer = getattr(model, "optimizer", None)
-    return unknown if optimizer is None else int(optimizer.iterations.value.numpy())
+    counted = 0 if optimizer is None else int(optimizer.iterations.value.numpy())
+    return counted or unknown
 
 
 def _silent(text: str) -> None:

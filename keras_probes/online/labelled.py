@@ -43,13 +43,19 @@ class Source:
     def __init__(self, data: Any, what: str, preprocess: Callable[..., Any] | None = None):
         self.what = what
         self.class_names = getattr(data, "class_names", None)
+        self._once = hasattr(data, "__next__")
         at_hand = _labels_at_hand(data, what) if preprocess is None else None
         try:
             batches = batches_of(data, BATCH, preprocess)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{what} can't be read: {error}") from error
+            again = " A generator can be read but once: pass a new one." if self._once else ""
+            raise ValueError(f"{what} can't be read: {error}{again}") from error
         self.spec = batches.spec
-        self._once = hasattr(data, "__next__")
+        if any(part.shape.rank is None for part in tf.nest.flatten(self.spec)):
+            raise ValueError(
+                f"Expected {what} to say of which shapes its batches are. Received: {self.spec}. "
+                "Use tf.ensure_shape in dataset.map, or an output_signature with shapes."
+            )
         dataset = batches.dataset.cache() if self._once else batches.dataset
         if self._once or batches.rows is not None or isinstance(data, tf.data.Dataset):
             self._open = lambda: dataset
@@ -58,8 +64,7 @@ class Source:
         iterator = iter(self)
         self.first = next(iterator, None)
         if self.first is None:
-            again = " A generator can be read but once: pass a new one." if self._once else ""
-            raise ValueError(f"{what} is empty. Expected at least one example.{again}")
+            raise ValueError(f"{what} is empty. Expected at least one example.")
         others = self._read_labels(iterator) if at_hand is None else [_without_first(at_hand)]
         self.labels = [self.first[1:], *others]
 
@@ -177,7 +182,7 @@ def _labels_at_hand(data: Any, what: str) -> tuple[Any, Any] | None:
     _, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     labels = arrays_of(y)
     for array in [] if labels is None else keras.tree.flatten(labels):
-        if array.dtype.kind in "OSU":
+        if array.dtype.kind in "OSU" and array.size:
             raise ValueError(
                 f"Expected the labels of {what} to be numbers. Received: {array.dtype}, such as "
                 f"{array.flat[0]!r}. np.unique(y, return_inverse=True)[1] numbers them."

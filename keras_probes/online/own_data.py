@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_probes.capture.joint import Kind
-from keras_probes.forward import ForwardPass
+from keras_probes.forward import ForwardPass, Part
 from keras_probes.online.asked import about, targets_of
 from keras_probes.online.labelled import LabelledSet, Source, labelled_sets
 from keras_probes.online.probes import HostProbes, Passes
@@ -31,6 +31,7 @@ from keras_probes.probes.spectrum import SPECTRUM
 from keras_probes.probes.targets import Target
 from keras_probes.results.schema import Refit
 from keras_probes.taps.graph import call_at_inference
+from keras_probes.taps.within import probed_model
 
 TOL = 1e-3  # nats: what a loss on 100,000 examples is known to
 MOST_PASSES = 1000  # of a fit over its examples; few take a tenth of that
@@ -80,6 +81,15 @@ class OwnDataProbes(HostProbes):
         """
         if self._sets:
             return
+        try:
+            self._sets = self._looked_at()
+        except BaseException:
+            self._snapshots, self.targets, self._plan = [], [], None
+            self._forward.clear()
+            raise
+
+    def _looked_at(self) -> list[LabelledSet]:
+        """The sets of data, once the probes are made for them."""
         asked = self._settings
         preprocess = getattr(self.host, "preprocess_samples", None)
         sets = labelled_sets(asked.data, asked.validation_data, preprocess)
@@ -89,14 +99,32 @@ class OwnDataProbes(HostProbes):
         targets = [self._targets_of(of_set) for of_set in sets]
         self._check_names([target.name for of_set in targets for target in of_set])
         self._build(targets)
-        for of_set, asked_of_it in zip(sets, targets, strict=True):
+        for of_set, snapshot in zip(sets, self._snapshots, strict=False):  # of the host as it is
+            asked_of_it = targets[snapshot.of_set]
             for source in of_set.sources:
                 self._look_at_labels(source, asked_of_it)
+                with _about(source):  # what fails of the first batch does so before a fit
+                    self._run(snapshot, source, source.first)
             self._look_at_training_labels(_together(of_set.data), asked_of_it)
-        self._sets = sets
+        return sets
 
     def begin_fit(self) -> None:
-        self.look()
+        if self._is_built():
+            self.look()
+        elif "initial" in self._settings.baselines:
+            raise ValueError(
+                'baselines=["initial"] is about the weights that a model begins with. Received: '
+                f"{self.host.name!r}, which has none before its first batch. Call it once, or give "
+                "it a keras.Input."
+            )
+
+    def _is_built(self) -> bool:
+        """Whether there is something to look at: the labelled x must not decide of which sizes."""
+        try:
+            model, _ = probed_model(self.host, self._settings.model, self._settings.layers)
+        except ValueError:
+            return True  # the x of the data may tell which model is meant
+        return bool(model.built)
 
     def begin_epoch(self, epoch: int, steps: int | None) -> None:
         self._epoch, self._batches_of_epoch = epoch, steps
@@ -117,8 +145,9 @@ class OwnDataProbes(HostProbes):
         every = self._settings.every_steps
         if every is None or self._batches == ends:  # the end of the epoch measures
             return False
-        total = self._steps_before + self._batches
-        return (total - self._batches + before) // every < total // every
+        return (self._steps_before + before) // every < (
+            self._steps_before + self._batches
+        ) // every
 
     def count_batches(self) -> None:
         """Counts the batches of the epoch so far."""
@@ -136,8 +165,8 @@ class OwnDataProbes(HostProbes):
             return self.measure(progress, epoch, spectra)
         except Exception as error:
             warnings.warn(
-                f"The probes could not be measured in epoch {epoch + 1}, and training goes on: "
-                f"{error!r}",
+                f"The probes could not be measured in epoch {epoch + 1}, and training goes on. "
+                f"{type(error).__name__}: {error}",
                 stacklevel=2,
             )
             return {}
@@ -233,7 +262,8 @@ class OwnDataProbes(HostProbes):
         asked = self._settings.of_set(of_set.name)
         known = {"task": asked.task, "num_classes": asked.num_classes}
         targets: list[Target] = []
-        names = of_set.data.class_names
+        plain = set(named_targets(asked.target).values()) == {None}
+        names = of_set.data.class_names if plain else None
         # What the host answers says nothing of the labels of other data.
         labels = [y for y, _ in of_set.data.labels]
         evidence = Evidence(None, None, labels, len(names) if names else None)
@@ -266,22 +296,26 @@ class OwnDataProbes(HostProbes):
 
     def _rows(self, snapshot: Snapshot, source: Source, progress: Progress) -> Rows:
         """Runs the host over data."""
-        key = snapshot.name, source
-        if key not in self._forward:
-            self._forward[key] = ForwardPass(snapshot.plan, snapshot.targets, source.spec)
         rows = Rows(self.room)
         for place, batch in enumerate(source):
             if place % 10 == 0:
                 progress(f"forward pass over {source.what}, batch {place + 1}")
-            rows.add(self._forward[key](keras.utils.pack_x_y_sample_weight(*batch)))
+            rows.add(self._run(snapshot, source, batch))
         return rows
+
+    def _run(self, snapshot: Snapshot, source: Source, batch: Any) -> Mapping[Part, tf.Tensor]:
+        """Runs the host over a batch of a source."""
+        key = snapshot.name, source
+        if key not in self._forward:
+            self._forward[key] = ForwardPass(snapshot.plan, snapshot.targets, source.spec)
+        return self._forward[key](keras.utils.pack_x_y_sample_weight(*batch))
 
     def _without_fit(self, certificates: Any) -> dict[str, str]:
         """Why the probes of a tap were not fitted, by its name."""
         keys = [target.key for target in self.targets]
         taps = self.plan.n_features
         missing = [tap for tap in taps if any((key, tap) not in certificates for key in keys)]
-        return dict.fromkeys(missing, "no labelled examples with finite features")
+        return dict.fromkeys(missing, "no two examples with a label, a weight and finite features")
 
     def _evidence(self) -> Evidence:
         return Evidence(None)
@@ -296,7 +330,7 @@ def _about(source: Source) -> Iterator[None]:
     """Says of which data an error is."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, tf.errors.OpError) as error:
         raise ValueError(f"{source.what}: {error}") from error
 
 

@@ -6,7 +6,9 @@ In: what a forward pass computes, batch by batch. Out: arrays, one row for each 
 import functools
 import math
 import os
+import shutil
 import tempfile
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -28,7 +30,7 @@ class Rows:
         self._room = room
         self._parts: dict[Part, list[np.ndarray]] = defaultdict(list)
         self._bytes = 0
-        self._directory: tempfile.TemporaryDirectory | None = None
+        self._directory = ""  # of the features on disk, if they are
         self._widths: dict[str | None, int] = {}  # of the taps that lie on disk
 
     def add(self, parts: Mapping[Part, tf.Tensor]) -> None:
@@ -47,7 +49,7 @@ class Rows:
     @functools.cached_property
     def features(self) -> Mapping[str, np.ndarray]:
         """By tap, float32, shape (n, n_features); once all rows are there."""
-        if self._directory is None:
+        if not self._directory:
             return {str(tap): np.concatenate(parts) for tap, parts in self._of("tap").items()}
         self._spill()
         return {
@@ -71,7 +73,9 @@ class Rows:
 
     def _spill(self) -> None:
         """Writes the features that are in memory behind those on disk."""
-        self._directory = self._directory or tempfile.TemporaryDirectory()
+        if not self._directory:
+            self._directory = tempfile.mkdtemp()
+            weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         for place, (tap, parts) in enumerate(self._of("tap").items()):
             with open(self._file(place), "ab") as file:
                 for part in parts:
@@ -81,5 +85,4 @@ class Rows:
         self._bytes = 0
 
     def _file(self, place: int) -> str:
-        assert self._directory is not None
-        return os.path.join(self._directory.name, str(place))
+        return os.path.join(self._directory, str(place))

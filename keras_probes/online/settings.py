@@ -10,6 +10,8 @@ from keras_probes.probes.resolve import named_targets
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector
 
+_RIDING = ("mode", "every", "refit")  # what probes on data of their own do not know
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -39,15 +41,19 @@ class Settings:
         """What was asked for, as results keep it."""
         asked = {**vars(self), "mode": "isolated" if self.isolated else "shared"}
         del asked["isolated"]
-        if self.data is None:
-            del asked["every_epochs"]
+        for name in _RIDING if self.data is not None else ("every_epochs",):
+            del asked[name]
+        for name in ("data", "validation_data"):
+            given = asked[name]
+            names = ", ".join(given) if isinstance(given, Mapping) else type(given).__name__
+            asked[name] = None if given is None else names
         return {name: _described(value) for name, value in asked.items() if value not in (None, ())}
 
     def of_set(self, name: str | None) -> "Settings":
         """What was asked of a set of examples: targets are named by it, alone or with their own."""
         if name is None:
             return self
-        names = {own: "_".join(filter(None, (name, own))) for own in named_targets(self.target)}
+        names = names_of_targets(name, self.target)
 
         def given(argument: Any) -> Any:
             if not isinstance(argument, Mapping):
@@ -69,6 +75,11 @@ class Settings:
         if callable(select):
             return lambda data: unpack(select(data))
         return lambda data: unpack(data[select])
+
+
+def names_of_targets(of_set: str | None, target: Any) -> dict[str | None, str | None]:
+    """What the targets of a set of examples are called, by their own names."""
+    return {own: "_".join(filter(None, (of_set, own))) or None for own in named_targets(target)}
 
 
 def _described(value: Any) -> Any:

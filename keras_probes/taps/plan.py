@@ -81,9 +81,13 @@ class ReducedTap:
         if self.sizes is not None and not activation.shape.is_fully_defined():
             # What is known of it while tracing may be too little for the reduction.
             activation = tf.ensure_shape(activation, (activation.shape[0], *self.sizes))
-        stopped = self.stop_gradient(activation)
         if places is not None:
-            return self.reduction.at(stopped, places)
+            # Likewise of the channels; the grid may be of any size.
+            axes = 1 + places[0].shape[-1]
+            channels = (self.tap.shape or ())[axes:]
+            activation = tf.ensure_shape(activation, (*activation.shape[:axes], *channels))
+            return self.reduction.at(self.stop_gradient(activation), places)
+        stopped = self.stop_gradient(activation)
         if mask is not None:
             stopped._keras_mask = tf.cast(mask, tf.bool)
         # A Keras layer as reduction follows the global dtype policy.

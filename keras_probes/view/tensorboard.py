@@ -74,6 +74,7 @@ class TensorBoardWriter:
         rows = [row for row in reversed(list(latest)) if split in (None, row.split)]
         if not rows:
             return
+        rows = list({(_tag(row), row.tap): row for row in rows}.values())  # the latest of each
         if not self._begun:
             self._ahead, self._begun = max(0, self._last + 1 - epoch), True
         self._last = step = epoch + self._ahead

@@ -676,6 +676,144 @@ def test_arguments_that_do_not_go_together(options, message):
         LinearProbeCallback(**options)
 
 
+def test_the_hosts_own_logs_are_about_other_data(digits):
+    (x, y), validation = digits
+    probes = LinearProbeCallback("dense", data=labelled(digits)[0], validation_data=validation)
+    compiled(dense_net()).fit(x, y, epochs=1, verbose=0, callbacks=[probes])
+    assert probes.results.frame()["host"].isna().all()
+
+
+def test_settings_do_not_hold_the_data(digits):
+    (x, y), _ = labelled(digits)
+    lists = LinearProbeCallback("code", data={"a": (x, y.tolist())})._settings.described()
+    assert lists["data"] == "a"
+    assert not {"mode", "every", "refit"} & set(lists)
+    bright = lambda x, y: tf.cast(tf.reduce_mean(x, (1, 2, 3)) > 0.3, tf.int32)  # noqa: E731
+    probes = LinearProbeCallback("code", data=x, target=bright, num_classes=2)
+    fitted(probes, digits[0][0], epochs=1)
+    assert probes.results.settings["data"] == "ndarray"
+
+
+def test_measurements_after_a_fit_that_broke(digits):
+    data, validation = labelled(digits, 80)
+    probes, model, x = LinearProbeCallback("code", data=data), autoencoder(), digits[0][0]
+
+    class Break(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped") as kept:  # with the fit in its traceback
+        model.fit(x, x, verbose=0, callbacks=[probes, Break()])
+    for _ in range(2):
+        model.train_on_batch(x[:64], x[:64])
+        probes.measure(model)
+    assert kept.traceback
+    assert list(probes.results.history(split="train")) == [0, 1]
+    assert list(probes.results.history(split="train", by="step")) == [2, 3]
+
+
+def test_a_host_that_is_not_built_is_built_by_its_own_data(digits):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64, 16)).astype("float32"), np.arange(64) % 2
+
+    def host():
+        model = keras.Sequential([layers.Dense(4, name="code"), layers.Dense(2, name="out")])
+        return compiled(model, jit_compile=False)
+
+    fits, other = (
+        (rng.normal(size=(20, n)).astype("float32"), np.arange(20) % 3) for n in (16, 32)
+    )
+    probes = LinearProbeCallback("code", data=fits)
+    host().fit(x, y, epochs=2, verbose=0, callbacks=[probes])
+    assert len(probes.results.history(split="train").columns) == 2
+    model = host()
+    with pytest.warns(UserWarning, match="x of data does not fit"):
+        model.fit(x, y, verbose=0, callbacks=[LinearProbeCallback("code", data=other)])
+    model.fit(x, y, verbose=0)
+    probes = LinearProbeCallback("code", data=fits, baselines=["initial"])
+    with pytest.raises(ValueError, match="none before its first batch"):
+        host().fit(x, y, verbose=0, callbacks=[probes])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": {"a": (1, 2), "a_shuffled": (1, 2)}, "baselines": ["shuffled"]}, "'a_shuffled'"),
+        (
+            {"data": {"a": (1, 2), "a_b": (1, 2)}, "target": {"b_c": None, "c": None}},
+            "Two targets would be named 'a_b_c'",
+        ),
+    ],
+)
+def test_names_that_collide(options, message):
+    with pytest.raises(ValueError, match=message):
+        LinearProbeCallback(**options)
+
+
+def test_tensorboard_has_the_latest_of_each_epoch(digits, tmp_path):
+    data, validation = labelled(digits, 80)
+    probes = LinearProbeCallback(
+        "code", data=data, validation_data=validation, every_steps=2, log_dir=tmp_path
+    )
+    _, history = fitted(probes, digits[0][0])
+    directory = tmp_path / "probes" / "000 code"
+    assert scalars(directory, "probe_error/validation") == pytest.approx(
+        history["val_probe_error/code"]
+    )
+    assert len(scalars(directory, "probe_error_by_batch/validation")) == 4
+
+
+def test_a_measurement_within_an_epoch_that_fails(digits, tmp_path):
+    class Failing(Sequence):
+        def __getitem__(self, place):
+            if self.fail:
+                raise OSError("the disk is gone")
+            return super().__getitem__(place)
+
+    data = Failing(*labelled(digits, 80)[0])
+    data.fail = False
+    probes = LinearProbeCallback("code", data=data, every_steps=2, log_dir=tmp_path)
+    model = autoencoder()
+    probes.summary(model, print_fn=lambda text: None)
+    data.fail = True
+    with pytest.warns(UserWarning, match="the disk is gone"):
+        fitted(probes, digits[0][0], host=lambda: model)
+    assert not probes.results.rows
+
+
+def test_steps_of_a_model_whose_optimizer_is_not_used(digits):
+    probes, model = LinearProbeCallback("code", data=labelled(digits, 80)[0]), autoencoder()
+    for _ in range(3):
+        probes.measure(model)
+    assert list(probes.results.history(split="train", by="step")) == [0, 1, 2]
+
+
+def test_names_of_classes_are_of_the_labels_themselves(digits):
+    (x, y), _ = labelled(digits)
+
+    def named():
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
+        data.class_names = [f"digit {n}" for n in range(12)]
+        return data
+
+    probes, model = LinearProbeCallback("code", data=named()), autoencoder()
+    probes.measure(model)
+    assert probes.weights("code")[1].shape == (12,)
+    parity = lambda x, y: y % 2  # noqa: E731
+    with pytest.raises(ValueError, match="number of classes"):
+        LinearProbeCallback("code", data=named(), target=parity).measure(model)
+
+
+def test_shapes_that_data_do_not_tell(digits):
+    (x, y), _ = labelled(digits)
+    unknown = tf.data.Dataset.from_generator(
+        lambda: generator(x, y),
+        output_signature=(tf.TensorSpec(None), tf.TensorSpec((None,), tf.int32)),
+    )
+    with pytest.raises(ValueError, match="data to say of which shapes"):
+        LinearProbeCallback("code", data=unknown).measure(autoencoder())
+
+
 # Logical devices are made before TensorFlow begins.
 REPLICAS = """
 import json

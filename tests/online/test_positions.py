@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hosts import MODES
 from keras import layers
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import jaccard_score
@@ -321,3 +322,31 @@ def test_positions_that_no_tap_has():
     model.compile("adam", loss)
     with pytest.raises(ValueError, match="picks nothing that can be probed.*no such positions"):
         model.fit(x, y, 32, 1, callbacks=[LinearProbeCallback(["auto", "!input"])], verbose=0)
+
+
+@keras.saving.register_keras_serializable("tests")
+class ToGrid(layers.Layer):
+    """Knows its channels in a trace of its own, and not within a step."""
+
+    def call(self, x):
+        return keras.ops.reshape(x, (keras.ops.shape(x)[0], 4, 4, -1))
+
+    def compute_output_shape(self, shape):
+        return (shape[0], 4, 4, shape[-1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_channels_that_a_step_does_not_tell(mode, tmp_path):
+    inputs = keras.Input((4, 4, 3))
+    grid = ToGrid(name="grid")(layers.Reshape((16, 3))(inputs))
+    model = keras.Model(inputs, layers.Dense(2)(layers.Reshape((4, 4, 3))(grid)))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x = np.random.default_rng(0).random((32, 4, 4, 3)).astype("float32")
+    y = (x[..., 0] > 0.5).astype("int32")
+    probes = LinearProbeCallback("grid", mode=mode)
+    model.fit(x, y, validation_data=(x, y), epochs=2, verbose=0, callbacks=[probes])
+    kernel, bias = probes.weights("grid")
+    wrong = np.mean((x @ kernel + bias).argmax(axis=-1) != y)
+    assert probes.results.measured("error", split="validation")["value"]["grid"] == wrong
+    store = extract_features(model, (x, y), tmp_path / "s", layers="grid", verbose=False)
+    np.testing.assert_array_equal(store.features("grid")[:], x.reshape(-1, 3))
