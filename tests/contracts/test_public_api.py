@@ -53,6 +53,10 @@ def test_signature_of_the_callback():
         "refit": 0.1,
         "model": None,
         "unpack": None,
+        "data": None,
+        "validation_data": None,
+        "every_epochs": 1,
+        "every_steps": None,
     }
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["layers"]
     assert issubclass(LinearProbeCallback, keras.callbacks.Callback)
