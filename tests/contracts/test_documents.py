@@ -268,6 +268,24 @@ def test_the_examples_of_other_tasks(tmp_path, script, task, taps):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("script", "taps"), [("simclr.py", 4), ("masked_autoencoder.py", 3)])
+def test_the_examples_of_pretraining(tmp_path, script, taps):
+    printed = run_example(script, tmp_path, "--quick", "--labels", "300")
+    assert f"the order of {taps} layers has tau" in printed
+    directories = [tmp_path / "out" / name for name in ("pretrained", "twin")]
+    pretrained, twin = map(keras_probes.ProbeResults.load, directories)
+    assert [tap.name for tap in pretrained.taps] == [tap.name for tap in twin.taps]
+    for results in (pretrained, twin):
+        assert results.history().shape == (taps, 2)
+        assert set(results.measured(split="train")["n"]) == {300}
+        assert set(results.measured(split="validation")["n"]) == {600}
+    last, first = (pretrained.measured(baseline=of)["value"] for of in (None, "initial"))
+    assert (last != first).any()  # it has trained
+    assert last.max() < 0.6  # guessing comes to 0.9
+    assert (tmp_path / "out" / "errors.png").exists()
+
+
+@pytest.mark.slow
 def test_the_example_of_a_frozen_model(tmp_path, digits):
     host().save(tmp_path / "model.keras")
     (x, y), (x_test, y_test) = digits
