@@ -25,7 +25,7 @@ from keras_probes.probes.resolve import Evidence, resolve_targets
 from keras_probes.probes.targets import Target
 from keras_probes.probes.tasks.task import WRONG
 from keras_probes.results.schema import versions
-from keras_probes.taps.batches import arrays_of, batches_of, examples_in
+from keras_probes.taps.batches import batches_of, examples_in, labels_of
 from keras_probes.taps.plan import TapPlan, make_plan
 from keras_probes.taps.reduce import AtPositions, RandomFeatures, Reduce
 from keras_probes.taps.select import Selector
@@ -95,10 +95,11 @@ def extract_features(
     x_spec, y_spec, _ = keras.utils.unpack_x_y_sample_weight(batches.spec)
     plan = make_plan(model, x_spec, layers, reduce, seed)
     class_names = class_names or getattr(data, "class_names", None)
+    labels = labels_of(data)
     evidence = Evidence(
         plan.graph.outputs,
         getattr(model, "loss", None),
-        _labels_at_hand(data),
+        [] if labels is None else labels[:1],
         len(class_names) if class_names and target is None else None,
     )
     targets = resolve_targets(
@@ -172,14 +173,6 @@ def _checked(parts: dict[ArrayName, tf.Tensor], targets: list[Target]) -> Rows:
         state = target.task.state(parts["labels", target.name]).numpy()
         target.refuse(int(np.count_nonzero(state == WRONG)), len(state))
     return rows
-
-
-def _labels_at_hand(data: Any) -> list[Any]:
-    """The labels of data that are arrays."""
-    if not isinstance(data, (tuple, list)):
-        return []
-    arrays = arrays_of(keras.utils.unpack_x_y_sample_weight(data)[1])
-    return [] if arrays is None else [arrays]
 
 
 class _Writer:

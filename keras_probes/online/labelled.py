@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_probes.taps.batches import arrays_of, batches_of, examples_in
+from keras_probes.taps.batches import batches_of, bytes_in, examples_in, labels_of
 
 BATCH = 64  # examples, of arrays; other data bring their own batches
 MOST_EXAMPLES = 10**7  # more are taken for data that have no end
@@ -75,11 +75,11 @@ class Source:
     def _read_labels(self, batches: Iterator[tuple[Any, Any, Any]]) -> Iterator[tuple[Any, Any]]:
         """The labels and weights of all batches but the first; those beyond a limit are dropped."""
         assert self.first is not None
-        examples, size = examples_in(self.first), _size(self.first)
+        examples, size = examples_in(self.first), bytes_in(self.first)
         numbers = _numbers(self.first[1])
         for batch in batches:
             examples += examples_in(batch)
-            size += _size(batch)
+            size += bytes_in(batch)
             if examples > MOST_EXAMPLES or (self._once and size > MOST_KEPT):
                 raise ValueError(
                     f"{self.what} has no end, as far as {examples:,} examples tell. Expected data "
@@ -176,18 +176,15 @@ def _sets(names: set[str] | None) -> str:
 
 
 def _labels_at_hand(data: Any, what: str) -> tuple[Any, Any] | None:
-    """Labels and weights of data that are arrays."""
-    if not isinstance(data, (tuple, list)):
-        return None
-    _, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    labels = arrays_of(y)
-    for array in [] if labels is None else keras.tree.flatten(labels):
+    """Labels and weights of data that are arrays, if they are numbers."""
+    found = labels_of(data)
+    for array in [] if found is None else keras.tree.flatten(found[0]):
         if array.dtype.kind in "OSU" and array.size:
             raise ValueError(
                 f"Expected the labels of {what} to be numbers. Received: {array.dtype}, such as "
                 f"{array.flat[0]!r}. np.unique(y, return_inverse=True)[1] numbers them."
             )
-    return None if labels is None else (labels, arrays_of(sample_weight))
+    return found
 
 
 def _without_first(labels: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -197,9 +194,3 @@ def _without_first(labels: tuple[Any, Any]) -> tuple[Any, Any]:
 
 def _numbers(labels: Any) -> int:
     return sum(int(tf.size(part)) for part in tf.nest.flatten(labels) if tf.is_tensor(part))
-
-
-def _size(batch: Any) -> int:
-    """Bytes of a batch."""
-    parts = tf.nest.flatten(batch, expand_composites=True)
-    return sum(int(tf.size(part)) * part.dtype.size for part in parts if tf.is_tensor(part))

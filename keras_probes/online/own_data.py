@@ -26,7 +26,7 @@ from keras_probes.online.probes import HostProbes, Passes
 from keras_probes.online.refit import Progress, Snapshot
 from keras_probes.online.rows import Rows
 from keras_probes.online.settings import Settings
-from keras_probes.probes.resolve import Evidence, named_targets
+from keras_probes.probes.resolve import Evidence, check_names, named_targets
 from keras_probes.probes.spectrum import SPECTRUM
 from keras_probes.probes.targets import Target
 from keras_probes.results.schema import Refit
@@ -97,7 +97,8 @@ class OwnDataProbes(HostProbes):
             for source in of_set.sources:
                 self._look_at_x(source)
         targets = [self._targets_of(of_set) for of_set in sets]
-        self._check_names([target.name for of_set in targets for target in of_set])
+        names = [target.name for of_set in targets for target in of_set]
+        check_names(names, task=asked.task, num_classes=asked.num_classes)
         self._build(targets)
         for of_set, snapshot in zip(sets, self._snapshots, strict=False):  # of the host as it is
             asked_of_it = targets[snapshot.of_set]
@@ -244,17 +245,6 @@ class OwnDataProbes(HostProbes):
             raise ValueError(
                 f"The x of {source.what} does not fit the model {self.probed.name!r}: {error}"
             ) from error
-
-    def _check_names(self, names: Sequence[str | None]) -> None:
-        """Refuses a task or a number of classes of a target that no set has."""
-        for argument in ("task", "num_classes"):
-            given = getattr(self._settings, argument)
-            if isinstance(given, Mapping) and not given.keys() <= set(names):
-                raise ValueError(
-                    f"Expected the keys of `{argument}` to be names of targets: "
-                    f"{', '.join(map(repr, dict.fromkeys(names)))}. Received: "
-                    f"{argument}={dict(given)!r}."
-                )
 
     def _targets_of(self, of_set: LabelledSet) -> list[Target]:
         """What is asked of a set; its name is that of its target."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.taps.batches import examples_in
+from keras_probes.taps.batches import bytes_in, examples_in
 
 MAX_EXAMPLES = 10_000
 MAX_BYTES = 512 * 2**20  # of the examples with their features
@@ -75,14 +75,14 @@ class Sample:
 
     def _too_much(self, feature_bytes: int) -> bool:
         batches = [batch for _, of_step in self._kept for batch in of_step]
-        total = sum(map(_bytes, batches)) + len(self) * feature_bytes
+        total = sum(map(bytes_in, batches)) + len(self) * feature_bytes
         return total > MAX_BYTES or len(self) > MAX_EXAMPLES
 
 
 def _room(batches: Sequence[Any], feature_bytes: int) -> int:
     """For how many examples like these there is room in an empty sample, one at least."""
     examples = sum(map(examples_in, batches))
-    each = sum(map(_bytes, batches)) / max(examples, 1) + feature_bytes
+    each = sum(map(bytes_in, batches)) / max(examples, 1) + feature_bytes
     return max(1, min(MAX_EXAMPLES, int(MAX_BYTES // max(each, 1))))
 
 
@@ -96,8 +96,3 @@ def _cut(batches: Sequence[Any], n: int) -> Iterator[Any]:
             batch = tf.nest.map_structure(lambda part, n=n: part[:n], batch)
         yield batch
         n -= size
-
-
-def _bytes(batch: Any) -> int:
-    parts = tf.nest.flatten(batch, expand_composites=True)
-    return sum(part.shape.num_elements() * part.dtype.size for part in parts)

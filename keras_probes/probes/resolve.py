@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -129,12 +129,7 @@ def resolve_targets(
     """
     resolved = []
     named = named_targets(target)
-    for argument, given in (("num_classes", num_classes), ("task", task)):
-        if isinstance(given, Mapping) and not given.keys() <= set(named):
-            raise ValueError(
-                f"Expected the keys of `{argument}` to be names of targets: "
-                f"{', '.join(map(repr, named))}. Received: {argument}={dict(given)!r}."
-            )
+    check_names(named, num_classes=num_classes, task=task)
     for name, select in named.items():
         labels = _label_spec(name, select, x_spec, y_spec)
         asked = _given(task, name)
@@ -193,6 +188,22 @@ def named_targets(target: Any) -> Mapping[str | None, Any]:
             f"Received: target={reprlib.repr(target)}."
         )
     return target
+
+
+def check_names(names: Iterable[str | None], **arguments: Any) -> None:
+    """Raises a `ValueError` where a mapping from names of targets has a key that is none of them.
+
+    Args:
+        names: Of the targets.
+        **arguments: What was given for all targets, or by their names.
+    """
+    known = list(dict.fromkeys(names))
+    for argument, given in arguments.items():
+        if isinstance(given, Mapping) and not given.keys() <= set(known):
+            raise ValueError(
+                f"Expected the keys of `{argument}` to be names of targets: "
+                f"{', '.join(map(repr, known))}. Received: {argument}={dict(given)!r}."
+            )
 
 
 def _given(argument: Any, name: str | None) -> Any:

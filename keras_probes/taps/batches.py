@@ -93,6 +93,29 @@ def examples_in(batch: Any) -> int:
     return int(tf.nest.flatten(batch)[0].shape[0])
 
 
+def bytes_in(batch: Any) -> int:
+    """Number of bytes of a batch."""
+    parts = [part for part in tf.nest.flatten(batch, expand_composites=True) if part is not None]
+    return sum(part.shape.num_elements() * part.dtype.size for part in parts)
+
+
+def labels_of(data: Any) -> tuple[Any, Any] | None:
+    """Labels and sample weights of data that are (x, y) or (x, y, sample_weight) of arrays.
+
+    Args:
+        data: As `batches_of` takes them.
+
+    Returns:
+        Structures of arrays as NumPy has them, the second `None` where there are none; or `None`
+        of data whose labels are not at hand.
+    """
+    if not isinstance(data, (tuple, list)):
+        return None
+    _, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    labels = arrays_of(y)
+    return None if labels is None else (labels, arrays_of(sample_weight))
+
+
 def arrays_of(structure: Any) -> Any:
     """A structure of arrays as NumPy has them; `None` if it is of something else, or empty."""
     leaves = keras.tree.flatten(structure)

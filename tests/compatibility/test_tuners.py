@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import keras
+import keras_tuner
 import numpy as np
 import pytest
 from hosts import compiled
@@ -31,7 +32,6 @@ def build(hp):
 
 @pytest.mark.parametrize("own", [False, True], ids=["riding", "own data"])
 def test_a_search_for_the_best_probe(digits, tmp_path, own):
-    keras_tuner = pytest.importorskip("keras_tuner")
     (x, y), validation = digits
     data = {"data": (x, y), "validation_data": validation} if own else {}
     probes = LinearProbeCallback("fc1", **data)
