@@ -432,8 +432,7 @@ class _TapFit:
         if len(row) > 1:
             # From the strongest on: past the lowest loss it only rises, and fits take ever longer.
             chosen, start = choose_penalty(
-                problem,
-                self._validation_loss,
+                [(problem, self._validation_loss)],
                 row,
                 chosen,
                 tol=max(tol, PATH_TOL),

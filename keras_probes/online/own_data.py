@@ -34,7 +34,6 @@ from keras_probes.taps.graph import call_at_inference
 from keras_probes.taps.within import probed_model
 
 TOL = 1e-3  # nats: what a loss on 100,000 examples is known to
-MOST_PASSES = 1000  # of a fit over its examples; few take a tenth of that
 TEST_ROWS = 8192  # about so many rows are measured at a time
 
 
@@ -191,8 +190,8 @@ class OwnDataProbes(HostProbes):
             rows = self._rows(snapshot, self._set_of(snapshot).data, progress)
             examples = max(examples, len(rows) // snapshot.probes.rows_per_example)
             snapshot.probes.refit(
-                rows.features, rows.labels, rows.weights, kept=1.0, passes=MOST_PASSES, tol=TOL,
-                epoch=self.measurements, seed=self._settings.seed, progress=progress,
+                rows.features, rows.labels, rows.weights, kept=1.0, passes=None, tol=TOL,
+                seed=self._settings.seed, progress=progress,
                 spectra=spectra and snapshot.plan is self.plan,  # as it is now
             )  # fmt: skip
             _test(snapshot, rows)

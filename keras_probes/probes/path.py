@@ -4,7 +4,7 @@ In: what a penalty comes to, and where to begin. Out: the best penalty of each p
 begin at the strongest penalty, refitted ones at the one they had.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ PENALTIES = np.logspace(0, -8, 17)
 # Takes places in the row, shape (T,), and which of the probes to fit, shape (T,). Returns their
 # losses on examples that they were not fitted to, shape (T,).
 Trial = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+# Takes W over b, shape (T, d + 1, K). Returns their losses on examples apart, shape (T,).
+HeldLoss = Callable[[np.ndarray], np.ndarray]
 
 
 def walk(
@@ -67,8 +70,7 @@ def walk(
 
 
 def choose_penalty(
-    problem: Problem,
-    held_loss: Callable[[np.ndarray], np.ndarray],
+    folds: Sequence[tuple[Problem, HeldLoss]],
     penalties: np.ndarray,
     begin: np.ndarray,
     *,
@@ -80,34 +82,35 @@ def choose_penalty(
     """Finds each probe's best penalty, by examples that it is not fitted to.
 
     Args:
-        problem: The examples to fit to.
-        held_loss: Takes W over b, shape (T, d + 1, K). Returns the loss on the others, shape (T,).
+        folds: Of each, the examples to fit to, and the loss on others. The sum of losses counts.
         penalties: The row to choose from, from strong to weak.
         begin: Places in it to begin at, shape (T,).
         start: W over b to begin at.
         tol: How far a fit may be above its optimum, in nats.
-        max_passes: Number of passes over the examples after which to try no more.
+        max_passes: Number of passes over the examples of a fold after which to try no more.
         **walking: As of `walk`.
 
     Returns:
-        The places of the best penalties, shape (T,), and the probes with them.
+        The places of the best penalties, shape (T,), and the probes with them, on average of folds.
     """
-    latest = problem.guess() if start is None else start
-    best, lowest = latest, np.full(problem.shape[0], np.inf)
-    last = problem.passes + max_passes
+    latest = np.stack([problem.guess() if start is None else start for problem, _ in folds])
+    best, lowest = latest.mean(axis=0), np.full(len(begin), np.inf)
+    last = [problem.passes + max_passes for problem, _ in folds]
 
     def trial(places: np.ndarray, only: np.ndarray) -> np.ndarray:
-        nonlocal latest, best, lowest
-        left = last - problem.passes
-        if left <= 0 and np.isfinite(lowest).all():
+        nonlocal best, lowest
+        left = [most - problem.passes for most, (problem, _) in zip(last, folds, strict=True)]
+        if min(left) <= 0 and np.isfinite(lowest).all():
             return np.full(len(places), np.inf)
-        fit = minimise(
-            problem, penalties[places], start=latest, tol=tol, certify=False,
-            max_passes=max(left, 1), only=only,
-        )  # fmt: skip
-        latest, losses = fit.weights, held_loss(fit.weights)
+        losses = np.zeros(len(places))
+        for fold, (problem, held_loss) in enumerate(folds):
+            latest[fold] = minimise(
+                problem, penalties[places], start=latest[fold], tol=tol, certify=False,
+                max_passes=max(left[fold], 1), only=only,
+            ).weights  # fmt: skip
+            losses += held_loss(latest[fold])
         better = only & (losses < lowest)
-        best = np.where(better[:, None, None], latest, best)
+        best = np.where(better[:, None, None], latest.mean(axis=0), best)
         lowest = np.where(better, losses, lowest)
         return losses
 

@@ -240,7 +240,7 @@ class ProbeSet:
         weights: Labels,
         *,
         kept: float,
-        passes: int,
+        passes: int | None,
         epoch: int = 0,
         seed: int = 0,
         tol: float = TOL,
@@ -258,8 +258,9 @@ class ProbeSet:
             labels: By target, as its task has them.
             weights: By target, float32, shape (n,).
             kept: Share of the epoch's examples that are in the sample.
-            passes: About how many passes over the sample to take for each probe.
-            epoch: Its number.
+            passes: About how many passes over the sample to take for each probe; None for as many
+                as it takes.
+            epoch: Its number; by default penalties are looked at, by the same examples each time.
             seed: Seed of what is drawn.
             tol: How far above its optimum a probe may be, in nats.
             spectra: Whether to find in how many directions features vary.

@@ -9,19 +9,22 @@ where w is W and b, a and H are those of `solver`, v is what the probes were, an
 times the share of the epoch's examples that are not in the sample: what these have taught a probe
 stays, and where all are in it, they alone decide. The penalty is chosen as `fit_probes` chooses it,
 by an eighth of the sample that is drawn by seed, and without v, since v was trained on that eighth
-too.
+too. Where passes are not counted, small samples have it chosen by several eighths, each held out in
+turn.
 
 `benchmarks/tracking.py` shows how near that comes to the optimum on all examples, and
 `benchmarks/fit_cost.py` what it costs.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_probes.probes.path import PENALTIES, choose_penalty
+from keras_probes.probes.path import PENALTIES, HeldLoss, choose_penalty
 from keras_probes.probes.problem import RANK, Problem
 from keras_probes.probes.solver import Fit, minimise
 from keras_probes.probes.tasks.task import Task
@@ -31,6 +34,8 @@ TOL = 1e-2  # nats: what a loss on 1,000 examples is known to
 # narrow taps, whose passes cost little: averages of a first layer make two points of error of 1e-2.
 FINE_TOL = 2e-3
 HELD_OUT = 8  # one example in so many chooses the penalty
+COMPARED = 1000  # examples choose it, of these eighths together, where passes are not counted
+MOST_PASSES = 1000  # where they are not counted; few fits take a tenth of that
 OTHERS = 3.0  # times what is in the sample: what earlier probes know of the rest, at most
 GAIN = 5e-3  # nats on the eighth that another penalty has to bring; less is luck
 SEARCH_EVERY = 4  # epochs: the best penalty moves slowly
@@ -84,7 +89,7 @@ def refit(
     l2: np.ndarray,
     *,
     kept: float,
-    passes: int,
+    passes: int | None,
     epoch: int,
     seed: int,
     together: int = 1,
@@ -101,7 +106,8 @@ def refit(
         l2: The penalties that the last refit chose, shape (T,); 0 in the first.
         kept: Share of the epoch's examples that are in the sample, above 0 to 1.
         passes: About how many passes over the sample to take; half as many more after a search, and
-            `FIRST_PASSES` times as many in the first refit.
+            `FIRST_PASSES` times as many in the first refit. None for as many as it takes:
+            penalties are then compared one by one, by up to `COMPARED` examples.
         epoch: Number of the epoch: when penalties are looked at, and by which examples.
         seed: Seed of these examples' draw.
         together: How many rows in a row are of one example, and are held out together.
@@ -111,15 +117,23 @@ def refit(
     Returns:
         The `Refit`.
     """
-    if np.any(l2 == 0):
+    first, counted = bool(np.any(l2 == 0)), passes is not None
+    if passes is None:
+        passes = MOST_PASSES
+    elif first:
         passes = int(FIRST_PASSES * passes)
     z, begin, back = _within_span(z, start)
     whole = Problem([(z, labels, weights)], z.shape[2], task)
     penalties, found = l2, begin
-    if np.any(l2 == 0) or epoch % SEARCH_EVERY == 0:
-        examples = np.random.default_rng((seed, epoch)).permutation(z.shape[1] // together)
-        order = (examples[:, None] * together + np.arange(together)).ravel()
-        penalties, found = _searched(whole, order, begin, l2, passes, min(tol, FINE_TOL))
+    if first or epoch % SEARCH_EVERY == 0:
+        rows = np.arange(z.shape[1]).reshape(-1, together)
+        rows = rows[np.any(weights.numpy()[:, rows], axis=(0, 2))]  # of examples that count
+        order = np.random.default_rng((seed, epoch)).permutation(len(rows))
+        folds = _folds(rows[order], 1 if counted else COMPARED)
+        penalties, found = _searched(
+            whole, folds, begin, l2, max_passes=passes, tol=min(tol, FINE_TOL),
+            step=FIRST_STEP if first and counted else 1, gain=0.0 if first else GAIN,
+        )  # fmt: skip
     # The first probes there are come of a few steps, and stand for nothing.
     trust = np.where(l2 > 0, OTHERS * (1.0 - kept), 0.0)
     tol = min(tol, FINE_TOL) if z.shape[2] <= NARROW else tol
@@ -164,33 +178,47 @@ def _within_span(
     return tf.transpose(coordinates, (0, 2, 1)), begin, back
 
 
+def _folds(rows: np.ndarray, enough: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Which rows to fit to and which to hold out: eighths in turn, until enough were held out.
+
+    Args:
+        rows: By example, in a random order, shape (examples, rows of each).
+        enough: Number of examples.
+    """
+    eighths = np.array_split(rows, min(HELD_OUT, len(rows)))
+    eighths = eighths[: math.ceil(enough / len(eighths[0]))]
+    return [(np.setdiff1d(rows, held), np.sort(held.ravel())) for held in eighths]
+
+
 def _searched(
     whole: Problem,
-    order: np.ndarray,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
     start: np.ndarray,
     l2: np.ndarray,
-    max_passes: int,
-    tol: float,
+    **searching: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best penalties by an eighth of the examples, and the probes with them on the others.
+    """The best penalties by examples held out, and the probes with them on the others.
 
     Args:
         whole: All examples.
-        order: Their numbers, by chance.
+        folds: Rows to fit to, and rows to hold out.
         start: W over b, shape (T, d + 1, K).
         l2: The penalties so far, shape (T,); 0 for none.
-        max_passes: Number of passes after which to try no more.
-        tol: How far above its optimum a probe may be, in nats.
+        **searching: As of `choose_penalty`.
     """
-    apart = np.split(order, [max(1, len(order) // HELD_OUT)])
-    held, others = (whole.of_examples(np.sort(at)) for at in apart)
-    known = bool(np.all(l2 > 0))
+    parts = [tuple(map(whole.of_examples, fold)) for fold in folds]
+    total = sum(held.total for _, held in parts)
+
+    def share_of_loss(held: Problem) -> HeldLoss:
+        share = np.divide(held.total, total, out=np.zeros_like(total), where=held.total > 0)
+        return lambda tried: np.where(share > 0, share * held.losses(tried)[0], 0.0)
+
     begin = np.full(len(l2), FIRST_PENALTY)
-    if known:
+    if np.all(l2 > 0):
         begin = np.abs(np.log(PENALTIES[:, None] / l2)).argmin(axis=0)
     places, found = choose_penalty(
-        others, lambda tried: held.losses(tried)[0], PENALTIES, begin, start=start, tol=tol,
-        max_passes=max_passes, step=1 if known else FIRST_STEP, gain=GAIN if known else 0.0,
+        [(others, share_of_loss(held)) for others, held in parts], PENALTIES, begin, start=start,
+        **searching,
     )  # fmt: skip
-    whole.passes += others.passes
+    whole.passes += max(others.passes for others, _ in parts)
     return PENALTIES[places], found

@@ -144,6 +144,18 @@ def test_the_steps_are_the_hosts_own_compiled_functions(digits):
     assert "_get_metrics_result_or_logs" not in vars(model)
 
 
+def test_of_a_host_that_stands_still_the_curve_is_flat(digits):
+    """Whatever measurement a penalty is looked at in: 160 labels are too few for a new draw."""
+    (x, y), validation = labelled(digits)
+    model = autoencoder()
+    model.optimizer.learning_rate = 0.0
+    probes = LinearProbeCallback(["conv", "code"], data=(x, y), validation_data=validation)
+    model.fit(x, x, epochs=9, batch_size=64, verbose=0, callbacks=[probes])
+    errors = probes.results.history(split="validation")
+    assert errors.shape == (2, 9)
+    assert np.ptp(errors.to_numpy(), axis=1).max() <= 1 / 150  # certified to 1e-3 nats, not to bits
+
+
 def test_several_sets_by_name(digits):
     (x, y), (x_val, y_val) = labelled(digits)
     data = {"digit": (x, y), "parity": tf.data.Dataset.from_tensor_slices((x, y % 2)).batch(50)}

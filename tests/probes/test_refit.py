@@ -25,12 +25,12 @@ def examples(n=400, d=5, classes=3, seed=0):
     return z.astype("float32"), labels
 
 
-def refitted(z, labels, start, weights=None, l2=0.0, kept=1.0, passes=400, epoch=0):
+def refitted(z, labels, start, weights=None, l2=0.0, kept=1.0, passes=400, epoch=0, tol=TOL):
     weights = np.ones(len(labels), "float32") if weights is None else weights
     return refit(
         tf.constant(z[None]), tf.constant(labels, tf.int32), tf.constant(weights[None]),
         Classification(start.shape[1]), start[None], np.array([l2]), kept=kept, passes=passes,
-        epoch=epoch, seed=1,
+        epoch=epoch, seed=1, tol=tol,
     )  # fmt: skip
 
 
@@ -139,6 +139,43 @@ def test_the_penalty_is_the_one_that_does_best_on_examples_apart(n, noise):
 
     below, here, above = (loss_apart(l2 * 10**power) for power in (-0.5, 0, 0.5))
     assert here < min(below, above) + GAIN
+
+
+@pytest.mark.parametrize(("n", "folds"), [(60, 8), (2000, 4), (9000, 1)])
+def test_where_passes_are_not_counted_eighths_take_turns(n, folds):
+    """A thousand examples choose the penalty, or all: scikit-learn's loss on the same folds."""
+    z, labels = examples(n)
+    z = np.concatenate([z, np.random.default_rng(4).normal(size=(n, 5))], axis=1).astype("float32")
+    found = refitted(z, labels, np.zeros((11, 3)), passes=None, tol=1e-3)
+    order = np.random.default_rng((1, 0)).permutation(n)
+
+    def loss_apart(penalty):
+        losses = []
+        for apart in np.array_split(order, HELD_OUT)[:folds]:
+            others = np.setdiff1d(order, apart)
+            model = LogisticRegression(C=1 / (penalty * len(others)), tol=1e-8, max_iter=10000)
+            model.fit(z[others], labels[others])
+            of_fold = cross_entropy(z[apart], labels[apart], model.coef_.T, model.intercept_)
+            losses += [of_fold] * len(apart)
+        return np.mean(losses)
+
+    below, here, above = (loss_apart(found.l2[0] * 10**power) for power in (-0.5, 0, 0.5))
+    assert here < min(below, above) + GAIN
+    assert found.after[0] <= 1e-3
+    again = refitted(z, labels, found.weights[0], l2=found.l2[0], passes=None, tol=1e-3)
+    assert again.l2[0] == found.l2[0]
+
+
+@pytest.mark.parametrize("passes", [400, None])
+def test_examples_without_weight_choose_no_penalty(passes):
+    z, labels = examples(240)
+    weights = np.zeros(240, "float32")
+    weights[200:] = 1.0
+    start = np.zeros((6, 3))
+    found = refitted(z, labels, start, weights, passes=passes)
+    alone = refitted(z[200:], labels[200:], start, passes=passes)
+    assert found.l2 == alone.l2
+    np.testing.assert_allclose(found.weights, alone.weights, rtol=1e-4, atol=1e-5)
 
 
 def test_between_two_searches_the_penalty_stays():
