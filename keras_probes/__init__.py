@@ -4,6 +4,7 @@ After Alain & Bengio (2016), "Understanding intermediate layers using linear cla
 """
 
 from keras_probes.callback import LinearProbeCallback
+from keras_probes.engines.on_ray import RayEngine
 from keras_probes.offline.extract import extract_features
 from keras_probes.offline.fit import fit_probes
 from keras_probes.offline.store import FeatureStore
@@ -29,6 +30,7 @@ __all__ = [
     "LinearProbeCallback",
     "ProbeResults",
     "RandomFeatures",
+    "RayEngine",
     "SpatialPool",
     "Token",
     "diagnose",

@@ -5,6 +5,7 @@ of the callback; `fit_probes` does the rest.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,32 +13,29 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from keras_probes.forward import ForwardPass
+from keras_probes.engines.run import TRIES, Engine, Outcome, check_engine, run
+from keras_probes.offline.prepared import Asked, Prepared, Rows, compare_labels
 from keras_probes.offline.store import DTYPES, FORMAT, ArrayName, FeatureStore
+from keras_probes.offline.units import Unit, Units
+from keras_probes.offline.worker import Builder, Job, beside, extract_chunk
 from keras_probes.probes.resolve import Evidence, resolve_targets
-from keras_probes.probes.targets import Target
-from keras_probes.probes.tasks.task import WRONG
 from keras_probes.results.schema import versions
 from keras_probes.taps.batches import batches_of, examples_in, labels_of
-from keras_probes.taps.plan import TapPlan, make_plan
-from keras_probes.taps.reduce import AtPositions, RandomFeatures, Reduce
+from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector
 
 # About so many rows a chunk: few enough to lose little in a crash, enough to read fast.
 CHUNK_ROWS = 1024
 
-Rows = dict[ArrayName, np.ndarray]
-
 
 def extract_features(
-    model: keras.Model,
+    model: keras.Model | str | os.PathLike | Builder,
     data: Any,
     path: str | os.PathLike,
     *,
@@ -50,8 +48,8 @@ def extract_features(
     class_names: list[str] | None = None,
     batch_size: int = 32,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
-    worker: tuple[int, int] = (0, 1),
     seed: int = 0,
+    engine: Engine | None = None,
     verbose: bool = True,
 ) -> FeatureStore:
     """Runs a model once over data and keeps the features of every tap on disk.
@@ -61,11 +59,12 @@ def extract_features(
     are read again from their beginning, without being run through the model.
 
     Args:
-        model: The host; it need not be compiled.
-        data: (x, y) or (x, y, sample_weight) of arrays, a `tf.data.Dataset`, a `PyDataset`, a
-            generator: whatever `fit` takes, and that ends. Its order must not change from one call
-            to the next. Where the model's own `fit` preprocesses data, as KerasHub's tasks do, it
-            is done here as well.
+        model: The host, which need not be compiled; the path of its `.keras` file; or a function
+            that returns it, weights and all, the same each time.
+        data: (x, y) or (x, y, sample_weight) of arrays, a `tf.data.Dataset`, a `PyDataset` such as
+            `Examples`, a generator: whatever `fit` takes, and that ends. Its order must not change
+            from one call to the next. Where the model's own `fit` preprocesses data, as KerasHub's
+            tasks do, it is done here as well.
         path: Directory of the store.
         layers: Where to look, as for `LinearProbeCallback`.
         reduce: What is kept of a layer's output, likewise.
@@ -77,102 +76,145 @@ def extract_features(
         class_names: Names of the classes; by default those the data set knows.
         batch_size: Number of rows of a batch, for arrays.
         dtype: How features are kept. Halves take half the disk; float16 overflows past 65,504.
-        worker: (i, n): this is worker i, from 0, of n that write one store, each every n-th chunk,
-            at once or one after the other.
         seed: Seed of random feature subsets.
+        engine: Where to run the model: a `RayEngine`, or any `concurrent.futures.Executor`; by
+            default this process. Workers write chunks of their own. They read batches that have
+            numbers, as those of a `PyDataset`, themselves; other data are read here and sent.
         verbose: Whether to show a progress bar.
 
     Returns:
-        The store. With several workers, it is complete when the last one is done.
+        The store.
 
     Raises:
         TypeError, ValueError: An argument does not fit the model or the data; labels are none of
             the classes; or the store at `path` is of something else.
         OSError: The disk is full. What is written stays, and the same call goes on from there.
+        RuntimeError: Workers failed several times to extract some chunk; likewise.
     """
-    _check(dtype, worker)
-    batches = batches_of(data, batch_size, getattr(model, "preprocess_samples", None))
-    x_spec, y_spec, _ = keras.utils.unpack_x_y_sample_weight(batches.spec)
-    plan = make_plan(model, x_spec, layers, reduce, seed)
+    check_engine(engine)
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"Expected dtype to be one of {', '.join(map(repr, DTYPES))}. Received: {dtype!r}."
+        )
+    host, build = _host_of(model)
+    batches = batches_of(data, batch_size, getattr(host, "preprocess_samples", None))
+    asked = Asked(layers, reduce, seed, dtype, batches.spec)
+    plan = asked.plan(host)
     class_names = class_names or getattr(data, "class_names", None)
     labels = labels_of(data)
     evidence = Evidence(
         plan.graph.outputs,
-        getattr(model, "loss", None),
+        getattr(host, "loss", None),
         [] if labels is None else labels[:1],
         len(class_names) if class_names and target is None else None,
     )
+    x_spec, y_spec, _ = keras.utils.unpack_x_y_sample_weight(batches.spec)
     targets = resolve_targets(
         target, num_classes, x_spec, y_spec, evidence, task=task, weigh=sample_weight, seed=seed
     )
-    plan, rows_each = _plan_at_positions(plan, targets, layers, reduce, seed)
-    forward = ForwardPass(plan, targets, batches.spec, dtype)
+    prepared = Prepared(plan, asked, targets)
     iterator = iter(batches.dataset)
     first = next(iterator, None)
     if first is None:
         raise ValueError("The data are empty. Expected at least one example.")
-    size = examples_in(first) * rows_each
+    each, size = prepared.rows_each, examples_in(first)
+    per_chunk = math.ceil(CHUNK_ROWS / (size * each))
     manifest = {
         "format": FORMAT,
-        "rows": None if batches.rows is None else batches.rows * rows_each,
-        "rows_per_example": rows_each,
-        "chunk_rows": size * math.ceil(CHUNK_ROWS / size),
+        "rows": None if batches.rows is None else batches.rows * each,
+        "rows_per_example": each,
+        "chunk_rows": size * each * per_chunk,
         "dtype": dtype,
-        "taps": [dataclasses.asdict(tap) for tap in plan.tap_infos()],
-        "graph": [dataclasses.asdict(node) for node in plan.nodes()],
-        "left_out": dict(plan.left_out),
-        "reductions": {
-            t.tap.name: keras.saving.serialize_keras_object(t.reduction) for t in plan.taps
-        },
+        "graph": [dataclasses.asdict(node) for node in prepared.plan.nodes()],
+        "left_out": dict(prepared.plan.left_out),
         "targets": [
             {"name": t.name, "task": t.task.name, "outputs": t.task.outputs} for t in targets
         ],
-        "weighted": forward.weighted,
+        "weighted": prepared.weighted,
         "predicted": [t.name for t in targets if t.predictions(plan.graph.outputs) is not None],
         "class_names": class_names,
-        "host": {"name": model.name, "class": type(model).__name__, "sha256": _sha256(model)},
         "first_example": _sha256_of_first(first),
         "versions": versions("zarr"),
+        **prepared.about(),
     }
     # As it will be read back: JSON has lists for tuples.
-    store = FeatureStore.create(path, json.loads(json.dumps(manifest)), _subsets(plan))
-    with _progress(batches.rows, verbose) as progress, _Writer(store, worker) as writer:
-        for batch in itertools.chain([first], iterator):
-            wanted = writer.wants(examples_in(batch) * rows_each)
-            parts = forward(batch) if wanted else forward.labels(batch)
-            writer.add(_checked(parts, targets))
-            progress.update(examples_in(batch))
-    store.finish(writer.rows)
+    manifest = json.loads(json.dumps(manifest))
+    store = FeatureStore.create(path, manifest, prepared.subsets())
+    with _progress(batches.rows, verbose) as progress:
+        if engine is None:
+            rows = _extract_here(store, prepared, itertools.chain([first], iterator), progress)
+        else:
+            units = Units(data, batches, size, per_chunk)
+            job = Job(asked, targets, build, units.numbered, batch_size, manifest)
+            try:
+                _extract_on(engine, store, job, host, units, progress)
+            except RuntimeError:
+                if FeatureStore(path).complete:  # by another call, which cleared up behind it
+                    return FeatureStore(path)
+                raise
+            rows = each * (units.examples or 0)
+    store.finish(rows)
     return FeatureStore(path)
 
 
-def _plan_at_positions(
-    plan: TapPlan, targets: list[Target], layers: Selector, reduce: Reduce, seed: int
-) -> tuple[TapPlan, int]:
-    """Those taps that have positions, where the labels are of these.
-
-    Returns:
-        The plan, and how many labels, and so rows, an example has.
-    """
-    found = {target.positions for target in targets}
-    if found == {None}:
-        return plan, 1
-    first = targets[0].positions
-    if len(found) > 1 or first is None:
-        raise ValueError(
-            "Expected the labels of all targets to be of examples, or all of positions of one "
-            "grid. Received: others. Extract them into a store for each."
+def _host_of(model: Any) -> tuple[keras.Model, Builder | None]:
+    """The host, and what builds it in a worker where that is not its file."""
+    if isinstance(model, keras.Model):
+        return model, None
+    if isinstance(model, (str, os.PathLike)):
+        return keras.saving.load_model(model, compile=False), None
+    host = model() if callable(model) else None
+    if not isinstance(host, keras.Model):
+        raise TypeError(
+            "Expected a Keras model, the path of a .keras file, or a function that returns a "
+            f"model. Received: {model!r}" + (f", which returns {host!r}." if host else ".")
         )
-    return plan.at_positions(layers, reduce, seed, first.axes), first.per_example
+    return host, model
 
 
-def _checked(parts: dict[ArrayName, tf.Tensor], targets: list[Target]) -> Rows:
-    """A batch's parts as NumPy has them, each label a class or missing."""
-    rows: Rows = {name: part.numpy() for name, part in parts.items()}
-    for target in targets:
-        state = target.task.state(parts["labels", target.name]).numpy()
-        target.refuse(int(np.count_nonzero(state == WRONG)), len(state))
-    return rows
+def _extract_here(
+    store: FeatureStore, prepared: Prepared, batches: Iterable[Any], progress: Any
+) -> int:
+    """Runs a host over data in this process; returns the number of rows."""
+    with _Writer(store) as writer:
+        for batch in batches:
+            examples = examples_in(batch)
+            wanted = writer.wants(examples * prepared.rows_each)
+            writer.add(prepared.rows(batch) if wanted else prepared.labels(batch))
+            progress.update(examples)
+    return writer.rows
+
+
+def _extract_on(
+    engine: Engine, store: FeatureStore, job: Job, host: keras.Model, units: Units, progress: Any
+) -> None:
+    """Has workers run a host over data."""
+
+    def calls(address: os.PathLike) -> Iterator[tuple[os.PathLike, Unit]]:
+        for unit in units:
+            store.grow(store.rows_per_example * (units.examples or 0))
+            yield address, unit
+
+    with (
+        beside(store, job, host) as address,
+        contextlib.closing(run(engine, extract_chunk, calls(address))) as outcomes,
+    ):
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise _failed(outcome, store)
+            progress.update(outcome.result)
+
+
+def _failed(outcome: Outcome, store: FeatureStore) -> Exception:
+    start = outcome.args[1].chunk * store.chunk_rows
+    error = RuntimeError(
+        f"Rows {start:,} to {start + store.chunk_rows - 1:,} could not be extracted, in {TRIES} "
+        f"tries. The last one: {type(outcome.error).__name__}: {outcome.error}\nWhat is written "
+        f"so far is whole. Run extract_features again with the same arguments; it goes on from "
+        "there."
+    )
+    error.__cause__ = outcome.error
+    return error
 
 
 class _Writer:
@@ -183,15 +225,14 @@ class _Writer:
 
     Args:
         store: Where to.
-        worker: (i, n): every n-th chunk, from the i-th on, is this one's.
 
     Attributes:
         rows: Number of rows seen.
     """
 
-    def __init__(self, store: FeatureStore, worker: tuple[int, int]):
+    def __init__(self, store: FeatureStore):
         self.rows = 0
-        self._store, self._worker = store, worker
+        self._store = store
         self._parts: list[Rows] = []
         self._known = functools.lru_cache(maxsize=2)(store.labels_of_chunk)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "keras_probes_writer")
@@ -211,7 +252,8 @@ class _Writer:
     def wants(self, rows: int) -> bool:
         """Whether the features of the next `rows` rows are needed."""
         size = self._store.chunk_rows
-        return any(map(self._is_open, range(self.rows // size, (self.rows + rows - 1) // size + 1)))
+        chunks = range(self.rows // size, (self.rows + rows - 1) // size + 1)
+        return any(self._known(chunk) is None for chunk in chunks)
 
     def add(self, rows: Rows) -> None:
         """Takes the next rows: all arrays of them if they were wanted, else labels."""
@@ -225,52 +267,25 @@ class _Writer:
             if self.rows % size == 0:
                 self._end_chunk(self.rows // size - 1)
 
-    def _is_open(self, chunk: int) -> bool:
-        place, workers = self._worker
-        return chunk % workers == place and self._known(chunk) is None
-
     def _end_chunk(self, chunk: int) -> None:
         parts, self._parts = self._parts, []
         if not parts:
             return
         known = self._known(chunk)
         if known is not None:
-            self._compare(chunk, known, parts)
-        elif self._is_open(chunk):
+            compare_labels(
+                self._store, chunk, known, _joined(parts, [("labels", of) for of in known])
+            )
+        else:
             self._wait()
             self._writing = self._pool.submit(self._write, chunk, parts)
 
     def _write(self, chunk: int, parts: list[Rows]) -> None:
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        self._store.write(chunk, arrays)
+        self._store.write(chunk, _joined(parts))
 
     def _wait(self) -> None:
         if self._writing is not None:
             self._writing.result()
-
-    def _compare(
-        self, chunk: int, known: Mapping[str | None, np.ndarray], parts: list[Rows]
-    ) -> None:
-        for target, labels in known.items():
-            received = np.concatenate([part["labels", target] for part in parts])
-            if not np.array_equal(labels, received, equal_nan=labels.dtype.kind == "f"):
-                raise ValueError(
-                    f"The store {str(self._store.path)!r} is of other data, or of these in another "
-                    f"order: labels of chunk {chunk} differ. Data must come in the same order in "
-                    "every call, without shuffling. Choose another path, or delete the store."
-                )
-
-
-def _check(dtype: str, worker: tuple[int, int]) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(
-            f"Expected dtype to be one of {', '.join(map(repr, DTYPES))}. Received: {dtype!r}."
-        )
-    if len(worker) != 2 or not 0 <= worker[0] < worker[1]:
-        raise ValueError(
-            "Expected worker=(i, n), worker i of n, with i from 0 to n - 1. "
-            f"Received: worker={worker!r}."
-        )
 
 
 def _progress(rows: int | None, verbose: bool) -> Any:
@@ -279,24 +294,12 @@ def _progress(rows: int | None, verbose: bool) -> Any:
     return tqdm(total=rows, unit=" images", desc="extracting features", disable=not verbose)
 
 
-def _subsets(plan: TapPlan) -> dict[str | None, np.ndarray]:
-    return {
-        t.tap.name: t.reduction.indices.numpy()
-        for t in plan.taps
-        if isinstance(t.reduction, (RandomFeatures, AtPositions))
-    }
-
-
-def _sha256(model: keras.Model) -> str:
-    """Hash of a host's weights: values, shapes and dtypes, in order."""
-    digest = hashlib.sha256()
-    for weight in model.weights:
-        digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(np.ascontiguousarray(weight.numpy()).tobytes())
-    return digest.hexdigest()
-
-
 def _sha256_of_first(batch: Any) -> str:
     x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
     first = [np.ascontiguousarray(leaf[:1]).tobytes() for leaf in keras.tree.flatten(x)]
     return hashlib.sha256(b"".join(first)).hexdigest()
+
+
+def _joined(parts: list[Rows], names: Iterable[ArrayName] | None = None) -> Rows:
+    names = parts[0] if names is None else names
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from keras_probes.engines.run import Engine, check_engine, run
 from keras_probes.offline.store import FeatureStore, StoredArray
 from keras_probes.probes.path import PENALTIES, choose_penalty
 from keras_probes.probes.probe_set import MOST_PAIRED, pair_moments
@@ -24,7 +25,6 @@ from keras_probes.probes.problem import Block, Problem
 from keras_probes.probes.solver import Fit, minimise
 from keras_probes.probes.spectrum import SPECTRUM, Spectrum
 from keras_probes.probes.spread import LARGEST, inverse_spread
-from keras_probes.probes.tasks.task import Task
 from keras_probes.results.record import ProbeResults
 from keras_probes.results.schema import (
     Details,
@@ -55,6 +55,7 @@ def fit_probes(
     memory: int = 512 * 2**20,
     max_iterations: int = 1000,
     seed: int = 0,
+    engine: Engine | None = None,
     verbose: bool = True,
 ) -> ProbeResults:
     """Finds the optimal linear probe of every tap, and proves how near it came.
@@ -73,26 +74,31 @@ def fit_probes(
             from 1 down to 1e-8, half a decade apart, until that loss has risen twice.
         tol: How far the training objective may be above its optimum, in nats.
         taps: Names of the taps to fit; all by default.
-        memory: Bytes of features to hold at once. Taps that take more are read from disk again and
-            again, with the same result.
+        memory: Bytes of features to hold at once, by each worker. Taps that take more are read
+            from the store again and again, with the same result.
         max_iterations: Passes over the examples, about one per step of the solver, after which it
             gives up.
         seed: Seed of the split.
+        engine: Where to fit: a `RayEngine`, or any `concurrent.futures.Executor`; by default this
+            process. There is a call for each tap and target, those that take longest first, and
+            results are the same bit for bit on machines of one kind.
         verbose: Whether to show a progress bar and each tap's result as it comes.
 
     Returns:
         Results with all measures of its task on each split, and of each probe the penalty, the
         number of iterations, the norm of the gradient and the certificate: an upper bound on its
-        training objective minus the optimum, in nats.
+        training objective minus the optimum, in nats. Taps whose fit failed are in
+        `results.left_out`, with the reason.
 
     Raises:
-        TypeError: `store` is none.
-        ValueError: An argument is out of its range, a tap is unknown, a store is not complete or of
-            another host, labels are of one class only, or a chunk is damaged.
+        TypeError: `store` or `engine` is none.
+        ValueError: An argument is out of its range, a tap is unknown, or a store is not complete or
+            of another host. Where no fit came to its end, what the first one failed with: labels
+            are of one class only, or a chunk is damaged.
 
     Warns:
-        UserWarning: A probe's certificate is above `tol`; features are not finite; or a class has
-            no example to train on.
+        UserWarning: A fit failed; a probe's certificate is above `tol`; features are not finite; or
+            a class has no example to train on.
     """
     from tqdm import tqdm  # comes with the extra that zarr comes with
 
@@ -101,15 +107,43 @@ def fit_probes(
             "Expected a FeatureStore: what extract_features returns, or FeatureStore(path). "
             f"Received: {store!r}."
         )
+    check_engine(engine)
     penalties = _penalties(l2, validation)
-    names = [tap.name for tap in store.taps]
     for tap in taps if taps is not None else ():
         store.check_tap(tap)
-    chosen = [name for name in names if taps is None or name in taps]
-    splits = _splits(store, validation, test, seed)
+    job = _Job(store, validation, test, penalties, tol, memory, max_iterations, seed)
+    job.splits()  # what is wrong with them is an error here
+    chosen = [tap for tap in store.taps if taps is None or tap.name in taps]
+    in_order = [(job, tap.name, target) for tap in chosen for target in store.targets]
+    longest = {tap.name: tap.features for tap in chosen}
+    calls = (
+        in_order
+        if engine is None
+        else sorted(in_order, key=lambda call: -longest[call[1]] * store.targets[call[2]].outputs)
+    )
+    fits: dict[tuple[str, str | None], _Fitted] = {}
+    failed: dict[tuple[str, str | None], Exception] = {}
+    with tqdm(total=len(calls), desc="fitting probes", unit=" fits", disable=not verbose) as bar:
+        for outcome in run(engine, _fit, calls):
+            _, tap, target = outcome.args
+            if outcome.error is not None:
+                failed[tap, target] = outcome.error
+            else:
+                fits[tap, target] = outcome.result
+                if verbose:
+                    bar.write(outcome.result.summary)
+            bar.update()
+    _features.cache_clear()
+    if not fits:
+        raise next(iter(failed.values()))
+    for remark in dict.fromkeys(remark for fit in fits.values() for remark in fit.remarks):
+        warnings.warn(remark, stacklevel=2)
+    reasons = _reasons(failed)
+    for tap, reason in reasons.items():
+        warnings.warn(f"No probe of tap {tap!r}. {reason}", stacklevel=2)
     results = ProbeResults(
-        [tap for tap in store.taps if tap.name in chosen],
-        reductions={tap: store.manifest["reductions"][tap] for tap in chosen},
+        [tap for tap in chosen if any(tap.name == fitted for fitted, _ in fits)],
+        reductions={tap.name: store.manifest["reductions"][tap.name] for tap in chosen},
         graph=map(Node.from_json, store.manifest["graph"]),
         settings={
             "model": store.host["name"],
@@ -119,38 +153,106 @@ def fit_probes(
             "seed": seed,
         },
         versions={**store.versions, **versions()},
-        left_out=store.manifest.get("left_out"),
+        left_out={**store.manifest.get("left_out", {}), **reasons},
         class_names=store.class_names,
     )
+    _add(results, {(t, tap): fits[tap, t] for _, tap, t in in_order if (tap, t) in fits}, store)
+    return results
+
+
+def _fit(job: "_Job", tap: str, target: str | None) -> "_Fitted":
+    """Fits the probe of a tap and target, on whatever machine this is."""
+    features = _features(job, tap)
+    fit = _TapFit(features, target, job)
+    errors = {
+        split: of_split
+        for split, of_split in fit.errors.items()
+        if split != "train" or len(features.splits) == 1
+    }
+    return _Fitted(
+        fit.probe(), [*fit.rows(), *features.rows_of_spectrum(target)], fit.details(), errors,
+        [*features.remarks, *fit.remarks], fit.summary(),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def _features(job: "_Job", tap: str) -> "_Features":
+    """Read once where a tap's targets are fitted one after another."""
+    return _Features(tap, job.splits(), job.memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    """The probe of a tap and target.
+
+    Attributes:
+        probe: It.
+        rows: All measures.
+        details: What was counted by class or label, by split and name.
+        errors: Of each example of a split, NaN where it does not count.
+        remarks: What the user is to be warned of.
+        summary: A line on it.
+    """
+
+    probe: Probe
+    rows: list[Row]
+    details: dict["Split", dict[str, np.ndarray]]
+    errors: dict["Split", np.ndarray]
+    remarks: list[str]
+    summary: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """What the fits of a call have in common; small, since it travels with each of them."""
+
+    store: FeatureStore
+    validation: FeatureStore | float | None
+    test: FeatureStore | float | None
+    penalties: tuple[float, ...]
+    tol: float
+    memory: int
+    max_passes: int
+    seed: int
+
+    def splits(self) -> dict["Split", "_Rows"]:
+        """Who trains, validates and tests."""
+        return _splits(self.store, self.validation, self.test, self.seed)
+
+
+def _add(
+    results: ProbeResults, fits: dict[tuple[str | None, str], _Fitted], store: FeatureStore
+) -> None:
+    """Takes fits into results."""
     details: dict[tuple[str | None, Split], dict] = defaultdict(dict)
-    errors: dict[tuple[str | None, Split], list[np.ndarray]] = defaultdict(list)
-    with tqdm(chosen, desc="fitting probes", unit=" taps", disable=not verbose) as progress:
-        for tap in progress:
-            features = _Features(tap, splits, memory)
-            for target, task in store.targets.items():
-                probe = _TapFit(features, target, task, penalties, tol, max_iterations)
-                results.add(probe.rows())
-                results.probes[target, tap] = probe.probe()
-                results.add(features.rows_of_spectrum(target))
-                for split, counts in probe.details().items():
-                    details[target, split][tap] = counts
-                for split, of_split in probe.errors.items():
-                    if split != "train" or len(splits) == 1:
-                        errors[target, split].append(of_split)
-                if verbose:
-                    progress.write(probe.summary())
+    errors: dict[tuple[str | None, Split], dict[str, np.ndarray]] = defaultdict(dict)
+    for (target, tap), fit in fits.items():
+        results.add(fit.rows)
+        results.probes[target, tap] = fit.probe
+        for split, counts in fit.details.items():
+            details[target, split][tap] = counts
+        for split, of_split in fit.errors.items():
+            errors[target, split][tap] = of_split
     for (target, split), of_taps in errors.items():
         if len(of_taps) <= MOST_PAIRED:
             shape = (len(of_taps), -1, store.rows_per_example)
-            of_rows = np.stack(of_taps).reshape(shape)
+            of_rows = np.stack(list(of_taps.values())).reshape(shape)
             n = np.isfinite(of_rows).sum(axis=2)
             of_each = np.nansum(of_rows, axis=2) / np.maximum(n, 1)
             counts = (n > 0).astype("float32")
             moments = pair_moments(tf.constant(of_each.astype("float32")), tf.constant(counts))
-            results.pairs[target, None, split] = Pairs(0, tuple(chosen), moments.numpy())
+            results.pairs[target, None, split] = Pairs(0, tuple(of_taps), moments.numpy())
     for (target, split), by_tap in details.items():
         results.details[target, None, split] = Details(0, by_tap)
-    return results
+
+
+def _reasons(failed: dict[tuple[str, str | None], Exception]) -> dict[str, str]:
+    """Why taps have no probe, by name."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for (tap, target), error in failed.items():
+        of_target = "" if target is None else f"Of target {target!r}: "
+        reasons[tap].append(f"{of_target}{type(error).__name__}: {error}")
+    return {tap: " ".join(of_tap) for tap, of_tap in reasons.items()}
 
 
 def _penalties(l2: Any, validation: Any) -> tuple[float, ...]:
@@ -274,7 +376,7 @@ class _Features:
             else:
                 for _ in self._read(split):  # to know which rows are finite
                     pass
-        self._warn_of_nonfinite()
+        self.remarks = list(self._about_nonfinite())
 
     def blocks(self, split: Split) -> Iterable[tuple[tf.Tensor, slice]]:
         """Standardised features, float32, and the place of each block among the split's rows."""
@@ -344,16 +446,15 @@ class _Features:
         scale = inverse_spread(mean, squares / count, reach, rounding=3e-7)
         return mean, scale.numpy()
 
-    def _warn_of_nonfinite(self) -> None:
+    def _about_nonfinite(self) -> Iterator[str]:
         for split, finite in self.finite.items():
             rows = self.splits[split].places[finite == 0]
             if len(rows):
                 shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
-                warnings.warn(
+                yield (
                     f"Tap {self.tap!r} has NaN or infinite features in {len(rows)} {split} rows: "
                     f"{shown}. They are left out and counted as nonfinite. If they were stored as "
-                    "float16, values past 65,504 are infinite: extract as float32 or bfloat16.",
-                    stacklevel=4,
+                    "float16, values past 65,504 are infinite: extract as float32 or bfloat16."
                 )
 
 
@@ -378,13 +479,12 @@ class _TapFit:
         self,
         features: _Features,
         target: str | None,
-        task: Task,
-        penalties: Sequence[float],
-        tol: float,
-        max_passes: int,
+        job: _Job,
     ):
-        self._together = features.splits["train"].store.rows_per_example
+        self._together = job.store.rows_per_example
+        task = job.store.targets[target]
         task = task.of_all().measuring(task.measurable)
+        self.remarks: list[str] = []
         self._features, self._target = features, target
         raw = {split: rows.labels(target) for split, rows in features.splits.items()}
         self._task, self._labels = task, raw
@@ -418,29 +518,27 @@ class _TapFit:
         self._check_labels(self._task.tally_of(self._labels["train"][weights > 0]))
         blocks = _Blocks(features, self._labels["train"], weights)
         problem = Problem(blocks, len(features.mean), self._task)
-        self._fit = self._solve(problem, penalties, tol, max_passes)
+        self._fit = self._solve(problem, job)
         self._sums = {
             split: self._measured(split, self._fit.weights[0]) for split in features.splits
         }
         if not self._fit.converged[0]:
-            self._warn_of_distance(tol)
+            self.remarks.append(self._about_distance(job.tol))
 
-    def _solve(
-        self, problem: Problem, penalties: Sequence[float], tol: float, max_passes: int
-    ) -> Fit:
-        row, chosen, start = np.array(penalties), np.zeros(1, int), None
+    def _solve(self, problem: Problem, job: _Job) -> Fit:
+        row, chosen, start = np.array(job.penalties), np.zeros(1, int), None
         if len(row) > 1:
             # From the strongest on: past the lowest loss it only rises, and fits take ever longer.
             chosen, start = choose_penalty(
                 [(problem, self._validation_loss)],
                 row,
                 chosen,
-                tol=max(tol, PATH_TOL),
-                max_passes=max_passes,
+                tol=max(job.tol, PATH_TOL),
+                max_passes=job.max_passes,
                 patience=2,
                 both=False,
             )
-        return minimise(problem, row[chosen], start=start, tol=tol, max_passes=max_passes)
+        return minimise(problem, row[chosen], start=start, tol=job.tol, max_passes=job.max_passes)
 
     def _validation_loss(self, weights: np.ndarray) -> np.ndarray:
         return np.array([self._task.measure("loss", self._measured("validation", weights[0]))])
@@ -553,13 +651,12 @@ class _TapFit:
         if reason := self._task.untrainable(tally):
             raise ValueError(f"{reason} in {rows}. Is the data set whole?")
         if lacking := self._task.lacking(tally):
-            warnings.warn(lacking, stacklevel=4)
+            self.remarks.append(lacking)
 
-    def _warn_of_distance(self, tol: float) -> None:
-        warnings.warn(
+    def _about_distance(self, tol: float) -> str:
+        return (
             f"The probe of tap {self._features.tap!r} is not proven optimal: its objective may be "
             f"{self._fit.certificate[0]:.1e} above the optimum, more than tol={tol:g}, after "
             f"{self._fit.steps[0]} steps at l2={self._fit.l2[0]:g}. Raise max_iterations or "
-            "l2; a tol below 1e-12 is beyond the rounding of float64.",
-            stacklevel=4,
+            "l2; a tol below 1e-12 is beyond the rounding of float64."
         )

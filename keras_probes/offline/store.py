@@ -12,6 +12,7 @@ crash can be used. Nothing in it tells of time or process: the same data give th
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from keras_probes.results.schema import TapInfo
 
 FORMAT = 2
 DTYPES = ("float32", "float16", "bfloat16")
+JOBS = "jobs"  # the directory of what workers need, while they run
 _MANIFEST = "keras_probes"  # the attribute of the group that holds all but the arrays
 # Zarr v3 has no bfloat16: its bits are kept.
 _ON_DISK = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
@@ -34,6 +36,9 @@ _IDENTITY = (
     "host", "first_example", "rows", "rows_per_example", "taps", "reductions", "targets",
     "weighted", "dtype",
 )  # fmt: skip
+
+# Beside them, where the store is not complete: other versions make other bytes.
+_MAKERS = ("keras_probes", "keras", "tensorflow")
 
 # A chunk of nothing but NaN is written like any other.
 _WRITE = {"write_empty_chunks": True}
@@ -105,6 +110,10 @@ class FeatureStore:
     def __repr__(self) -> str:
         rows = f"{len(self):,} rows" if self.complete else "not complete"
         return f"<FeatureStore {str(self.path)!r}: {len(self.taps)} taps, {rows}, {self.dtype}>"
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Opened anew where it comes to, as in another process."""
+        return FeatureStore, (self.path.absolute(),)
 
     def __len__(self) -> int:
         """Number of rows, one for each example; 0 as long as it is not known."""
@@ -232,6 +241,14 @@ class FeatureStore:
             f"The store {str(path)!r} is of something else",
             "Choose another path, or delete the store to extract anew.",
         )
+        if not store.complete:
+            makers = {name: manifest["versions"][name] for name in _MAKERS}
+            store._refuse(
+                {"versions": {**store.versions, **makers}},
+                ["versions"],
+                f"The store {str(path)!r} was begun with other libraries",
+                "Go on with those, choose another path, or delete the store.",
+            )
         store._group = _zarr().open_group(path, mode="r+", zarr_format=3)
         return store
 
@@ -249,11 +266,10 @@ class FeatureStore:
         """
         start = chunk * self.chunk_rows
         try:
+            self.grow(start + len(next(iter(arrays.values()))))
             for name, key in self._keys.items():
                 array, rows = self._group[key].with_config(_WRITE), arrays[name]
                 stop = start + len(rows)
-                if array.shape[0] < stop:
-                    array.resize((stop, *array.shape[1:]))
                 array[start:stop] = rows.view("uint16") if rows.dtype.name == "bfloat16" else rows
         except OSError as error:
             raise OSError(
@@ -262,6 +278,14 @@ class FeatureStore:
                 "What is written so far is whole. Make room, then run extract_features again with "
                 "the same arguments; it goes on from there",
             ) from error
+
+    def grow(self, rows: int) -> None:
+        """Makes room for rows whose number was not known."""
+        if self.manifest["rows"] is None:
+            for key in self._keys.values():
+                array = self._group[key]
+                if array.shape[0] < rows:
+                    array.resize((rows, *array.shape[1:]))
 
     def finish(self, rows: int) -> None:
         """Says how many rows there are, once that is known."""
@@ -275,6 +299,7 @@ class FeatureStore:
         if self.complete:  # nobody is writing any more
             for left_over in self.path.rglob("*.partial"):
                 left_over.unlink(missing_ok=True)
+            shutil.rmtree(self.path / JOBS, ignore_errors=True)
 
     def labels_of_chunk(self, chunk: int) -> dict[str | None, np.ndarray] | None:
         """The labels of a chunk by target, if it is there and whole; reads all of it to know."""

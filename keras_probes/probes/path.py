@@ -77,6 +77,7 @@ def choose_penalty(
     start: np.ndarray | None = None,
     tol: float,
     max_passes: int,
+    each: int | None = None,
     **walking: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds each probe's best penalty, by examples that it is not fitted to.
@@ -88,6 +89,7 @@ def choose_penalty(
         start: W over b to begin at.
         tol: How far a fit may be above its optimum, in nats.
         max_passes: Number of passes over the examples of a fold after which to try no more.
+        each: Of these, how many a fit may take at most.
         **walking: As of `walk`.
 
     Returns:
@@ -106,7 +108,7 @@ def choose_penalty(
         for fold, (problem, held_loss) in enumerate(folds):
             latest[fold] = minimise(
                 problem, penalties[places], start=latest[fold], tol=tol, certify=False,
-                max_passes=max(left[fold], 1), only=only,
+                max_passes=max(min(left[fold], each or left[fold]), 1), only=only,
             ).weights  # fmt: skip
             losses += held_loss(latest[fold])
         better = only & (losses < lowest)

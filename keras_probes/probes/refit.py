@@ -39,6 +39,7 @@ MOST_PASSES = 1000  # where they are not counted; few fits take a tenth of that
 OTHERS = 3.0  # times what is in the sample: what earlier probes know of the rest, at most
 GAIN = 5e-3  # nats on the eighth that another penalty has to bring; less is luck
 SEARCH_EVERY = 4  # epochs: the best penalty moves slowly
+TRIALS = 5  # penalties that are tried at least, however long their fits would take
 FIRST_PENALTY = 8  # place in the row where the first search begins
 FIRST_STEP = 2  # places at a time in the first search
 FIRST_PASSES = 2.5  # times as many in the first refit: it comes from far away
@@ -132,6 +133,7 @@ def refit(
         folds = _folds(rows[order], 1 if counted else COMPARED)
         penalties, found = _searched(
             whole, folds, begin, l2, max_passes=passes, tol=min(tol, FINE_TOL),
+            each=math.ceil(passes / TRIALS) if counted else None,
             step=FIRST_STEP if first and counted else 1, gain=0.0 if first else GAIN,
         )  # fmt: skip
     # The first probes there are come of a few steps, and stand for nothing.

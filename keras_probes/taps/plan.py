@@ -365,10 +365,11 @@ def _planned(
     graph = plan.graph
     selected = select(graph, layers)
     _check_globs(selected.taps, reduce)
-    reduced, left_out = [], dict(selected.left_out)
-    for place, tap in enumerate(selected.taps):
+    reduced: list[ReducedTap] = []
+    left_out = dict(selected.left_out)
+    for tap in selected.taps:
         try:
-            reduced.append(_reduced(place, tap, reduce, seed, positions))
+            reduced.append(_reduced(len(reduced), tap, reduce, seed, positions))
         except UnfitTapError as unfit:
             if tap.name in selected.named:
                 raise

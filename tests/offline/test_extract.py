@@ -211,29 +211,6 @@ def test_a_damaged_chunk_is_computed_anew(whole, tmp_path):
     assert contents(tmp_path / "s") == contents(whole)
 
 
-@pytest.mark.parametrize("given", ["arrays", "generator"])
-def test_workers_share_a_store(given, whole, tmp_path):
-    for i in (1, 0):
-        assert not (tmp_path / "s").exists() or not FeatureStore(tmp_path / "s").complete
-        extract(tmp_path / "s", generator() if given == "generator" else None, worker=(i, 2))
-    assert contents(tmp_path / "s") == contents(whole)
-
-
-@pytest.mark.slow
-def test_workers_at_the_same_time(whole, tmp_path):
-    script = f"""
-        import sys
-        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        from offline.test_extract import extract, generator
-        extract({str(tmp_path / "s")!r}, generator(), worker=(int(sys.argv[1]), 2))
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    workers = [subprocess.Popen([*command, str(i)]) for i in range(2)]
-    assert [worker.wait() for worker in workers] == [0, 0]
-    extract(tmp_path / "s")  # finds all of it there
-    assert contents(tmp_path / "s") == contents(whole)
-
-
 @pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_the_store_goes_on(whole, tmp_path):
     """The system refuses to write files of more than 200 kB; a chunk of the input has 262 kB."""
@@ -307,7 +284,6 @@ def bad_input():
         "no labels": (x, {}, "Probes need labels"),
         "label out of range": ((x, y + 1), {"num_classes": 10}, "integers from 0 to 9"),
         "dtype": ((x, y), {"dtype": "int8"}, "Expected dtype to be one of"),
-        "worker": ((x, y), {"worker": (2, 2)}, "worker i of n"),
         "layer": ((x, y), {"layers": "dens"}, "Did you mean 'dense'"),
     }
 
