@@ -1,7 +1,7 @@
 """Probes on a finished model: what does each layer of it know of my images?
 
     python examples/frozen_model.py --model ResNet50 --weights imagenet --data photos/
-    python examples/frozen_model.py --model my_model.keras --data images.npz --out results
+    python examples/frozen_model.py --model my_model.keras --data images.npz --workers 4
 
 Runs the model once over the images, keeps every probed layer's features on disk, then finds the
 optimal linear probe of each layer, with a certificate. Interrupted, it goes on where it was.
@@ -13,18 +13,26 @@ and x_test and y_test to report on if they are there.
 import argparse
 import pathlib
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_probes import FeatureStore, extract_features, fit_probes
+from keras_probes import Examples, FeatureStore, extract_features, fit_probes, image_folder
 
 
-def load_model(name: str, weights: str | None) -> tuple[keras.Model, object]:
+def scaled(image: np.ndarray) -> np.ndarray:
+    """What most models of one's own take."""
+    return image / 255
+
+
+def load_model(name: str, weights: str | None) -> tuple[keras.Model, Callable]:
     """A model and what prepares its images."""
     if pathlib.Path(name).suffix in (".keras", ".h5"):
-        return keras.models.load_model(name, compile=False), lambda x: x / 255
+        return keras.models.load_model(name, compile=False), scaled
     make = getattr(keras.applications, name, None)
     if make is None:
         names = ", ".join(n for n in dir(keras.applications) if n[0].isupper())
@@ -33,21 +41,30 @@ def load_model(name: str, weights: str | None) -> tuple[keras.Model, object]:
     return make(weights=weights), sys.modules[make.__module__].preprocess_input
 
 
-def load_data(path: str, size: tuple[int, int], batch_size: int) -> tuple[list, int]:
-    """Data sets of (images, labels), the second one for testing, and the number of classes."""
+def load_data(
+    path: str, size: tuple[int, int], channels: int, **options: Any
+) -> tuple[list[Examples], int]:
+    """Images with their labels, the second ones for testing, and the number of classes."""
     if pathlib.Path(path).is_dir():
-        images = keras.utils.image_dataset_from_directory(
-            path, shuffle=False, image_size=size, batch_size=batch_size
-        )
-        return [images], len(images.class_names)
+        images = image_folder(path, size, channels=channels, **options)
+        return [images], len(images.class_names or ())
+    prepare, batch_size = options["prepare"], options["batch_size"]
+
+    def load(example: tuple[np.ndarray, int]) -> tuple[np.ndarray, int]:
+        image = example[0] if example[0].ndim == 3 else example[0][..., None]
+        if image.shape[-1] == 1 and channels == 3:
+            image = np.repeat(image, 3, -1)
+        return np.asarray(prepare(tf.image.resize(image, size).numpy())), example[1]
+
     with np.load(path) as arrays:
         splits = [
             (arrays[f"x_{split}"], arrays[f"y_{split}"].ravel().astype("int32"))
             for split in ("train", "test")
             if f"x_{split}" in arrays
         ]
-    datasets = [tf.data.Dataset.from_tensor_slices(split).batch(batch_size) for split in splits]
-    return datasets, 1 + max(int(labels.max()) for _, labels in splits)
+    num_classes = 1 + max(int(labels.max()) for _, labels in splits)
+    examples = (list(zip(*split, strict=True)) for split in splits)
+    return [Examples(some, load, batch_size=batch_size) for some in examples], num_classes
 
 
 def main() -> None:
@@ -61,34 +78,33 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="number of batches to take of each split")
     parser.add_argument("--out", default="frozen_model")
+    parser.add_argument("--workers", type=int, help="number of processes; by default this one")
     args = parser.parse_args()
 
     model, prepare = load_model(args.model, args.weights)
     height, width, channels = model.input_shape[1:]
     size = (height or 224, width or 224)
-    datasets, num_classes = load_data(args.data, size, args.batch_size)
-
-    def prepared(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        images = images if images.shape.rank == 4 else images[..., None]
-        if images.shape[-1] == 1 and channels == 3:
-            images = tf.image.grayscale_to_rgb(images)
-        return prepare(tf.image.resize(tf.cast(images, tf.float32), size)), labels
+    options = {"prepare": prepare, "batch_size": args.batch_size}
+    splits, num_classes = load_data(args.data, size, channels, **options)
+    engine = ProcessPoolExecutor(args.workers) if args.workers else None
 
     stores: list[FeatureStore] = []
-    for split, dataset in zip(("train", "test"), datasets, strict=False):
-        taken = dataset if args.limit is None else dataset.take(args.limit)
+    for name, images in zip(("train", "test"), splits, strict=False):
+        if args.limit is not None:
+            images.items = images.items[: args.limit * args.batch_size]
+        path = pathlib.Path(args.out) / f"features-{name}"
         stores.append(
             extract_features(
                 model,
-                taken.map(prepared, num_parallel_calls=tf.data.AUTOTUNE).prefetch(2),
-                pathlib.Path(args.out) / f"features-{split}",
+                images,
+                path,
                 layers=args.layers,
                 reduce=args.reduce,
                 num_classes=num_classes,
-                class_names=getattr(dataset, "class_names", None),
+                engine=engine,
             )
         )
-    results = fit_probes(stores[0], test=stores[1] if len(stores) > 1 else 0.1)
+    results = fit_probes(stores[0], test=stores[1] if len(stores) > 1 else 0.1, engine=engine)
     results.save(args.out)
     print(f"\nError of the optimal linear probe of each layer of {args.model}:\n{results}")
     print(f"\nWritten to {args.out}: the features, and the probes, which ProbeResults.load reads.")

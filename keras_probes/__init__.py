@@ -5,6 +5,7 @@ After Alain & Bengio (2016), "Understanding intermediate layers using linear cla
 
 from keras_probes.callback import LinearProbeCallback
 from keras_probes.engines.on_ray import RayEngine
+from keras_probes.examples import Examples, image_folder
 from keras_probes.offline.extract import extract_features
 from keras_probes.offline.fit import fit_probes
 from keras_probes.offline.store import FeatureStore
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AtPositions",
+    "Examples",
     "FeatureStore",
     "Flatten",
     "GlobalAverage",
@@ -36,5 +38,6 @@ __all__ = [
     "diagnose",
     "extract_features",
     "fit_probes",
+    "image_folder",
     "plot_probed_model",
 ]

@@ -23,9 +23,10 @@ from keras_probes.engines.run import TRIES, Engine, Outcome, check_engine, run
 from keras_probes.offline.prepared import Asked, Prepared, Rows, compare_labels
 from keras_probes.offline.store import DTYPES, FORMAT, ArrayName, FeatureStore
 from keras_probes.offline.units import Unit, Units
-from keras_probes.offline.worker import Builder, Job, beside, extract_chunk
+from keras_probes.offline.worker import Builder, Job, beside, extract_chunk, load_host
 from keras_probes.probes.resolve import Evidence, resolve_targets
 from keras_probes.results.schema import versions
+from keras_probes.storage import location
 from keras_probes.taps.batches import batches_of, examples_in, labels_of
 from keras_probes.taps.reduce import Reduce
 from keras_probes.taps.select import Selector
@@ -65,7 +66,7 @@ def extract_features(
             `Examples`, a generator: whatever `fit` takes, and that ends. Its order must not change
             from one call to the next. Where the model's own `fit` preprocesses data, as KerasHub's
             tasks do, it is done here as well.
-        path: Directory of the store.
+        path: Directory of the store, or its URL, such as `"s3://bucket/features"`.
         layers: Where to look, as for `LinearProbeCallback`.
         reduce: What is kept of a layer's output, likewise.
         target: What the probes are to predict, likewise.
@@ -162,7 +163,7 @@ def _host_of(model: Any) -> tuple[keras.Model, Builder | None]:
     if isinstance(model, keras.Model):
         return model, None
     if isinstance(model, (str, os.PathLike)):
-        return keras.saving.load_model(model, compile=False), None
+        return load_host(location(model)), None
     host = model() if callable(model) else None
     if not isinstance(host, keras.Model):
         raise TypeError(

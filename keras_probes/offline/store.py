@@ -9,10 +9,10 @@ is put in place whole (Zarr writes a temporary file and renames it), so that wha
 crash can be used. Nothing in it tells of time or process: the same data give the same bytes.
 """
 
+import functools
+import operator
 import os
-import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from keras_probes.probes.tasks import TASKS, Task
 from keras_probes.results.schema import TapInfo
+from keras_probes.storage import is_local, location, remove
 
 FORMAT = 2
 DTYPES = ("float32", "float16", "bfloat16")
@@ -75,9 +76,9 @@ class FeatureStore:
 
     def __init__(self, path: str | os.PathLike):
         zarr = _zarr()
-        self.path = pathlib.Path(path)
+        self.path = location(path)
         try:
-            self._group = zarr.open_group(self.path, mode="r", zarr_format=3)
+            self._group = _group(self.path, "r")
             manifest = self._group.attrs[_MANIFEST]
         except (
             FileNotFoundError,
@@ -203,8 +204,9 @@ class FeatureStore:
 
     def missing_chunks(self) -> list[int]:
         """Numbers of the chunks of which some array has no file; empty if no length is known."""
-        chunks = range(-(-len(self) // self.chunk_rows))
-        return [k for k in chunks if not self._has_files(k)]
+        missing = set(range(-(-len(self) // self.chunk_rows)))
+        there = (_chunks_there(self.path / key) for key in self._keys.values())
+        return sorted(missing - functools.reduce(operator.and_, there))
 
     # What `extract_features` uses.
 
@@ -226,15 +228,15 @@ class FeatureStore:
             ValueError: A store of something else is at `path`; the difference is named.
             FileExistsError: Something that is no store is there.
         """
-        path = pathlib.Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())) and not _is_ours(path):
+        at = location(path)
+        if at.exists() and (not at.is_dir() or any(at.iterdir())) and not _is_ours(at):
             raise FileExistsError(
                 "Expected `path` to be a feature store, or a directory that is empty or not there. "
                 f"Received: path={str(path)!r}. Choose another path, or empty this one."
             )
-        if not _has_manifest(path):
-            _make_arrays(path, manifest, subsets)
-        store = cls(path)
+        if not _has_manifest(at):
+            _make_arrays(at, manifest, subsets)
+        store = cls(at)
         store._refuse(
             manifest,
             _IDENTITY,
@@ -249,7 +251,7 @@ class FeatureStore:
                 f"The store {str(path)!r} was begun with other libraries",
                 "Go on with those, choose another path, or delete the store.",
             )
-        store._group = _zarr().open_group(path, mode="r+", zarr_format=3)
+        store._group = _group(at, "r+")
         return store
 
     def write(self, chunk: int, arrays: Mapping[ArrayName, np.ndarray]) -> None:
@@ -297,9 +299,9 @@ class FeatureStore:
             self.manifest["rows"] = rows
             self._group.attrs[_MANIFEST] = self.manifest
         if self.complete:  # nobody is writing any more
-            for left_over in self.path.rglob("*.partial"):
+            for left_over in self.path.rglob("*.partial") if is_local(self.path) else ():
                 left_over.unlink(missing_ok=True)
-            shutil.rmtree(self.path / JOBS, ignore_errors=True)
+            remove(self.path / JOBS)
 
     def labels_of_chunk(self, chunk: int) -> dict[str | None, np.ndarray] | None:
         """The labels of a chunk by target, if it is there and whole; reads all of it to know."""
@@ -363,13 +365,15 @@ class StoredArray:
         dtype: Its NumPy dtype.
     """
 
-    def __init__(self, array: Any, root: pathlib.Path, dtype: str, what: str):
+    def __init__(self, array: Any, root: Any, dtype: str, what: str):
         self.shape: tuple[int, ...] = array.shape
         self.dtype = np.dtype(tf.bfloat16.as_numpy_dtype if dtype == "bfloat16" else dtype)
         self.ndim = len(self.shape)
         self._array, self._root, self._what = array, root, what
+        # Of a store that is not on a disk: a request for each chunk would cost as much as reading.
+        self._there = set() if is_local(root) else _chunks_there(root / array.path)
 
-    def _file(self, chunk: int) -> pathlib.Path:
+    def _file(self, chunk: int) -> Any:
         return _chunk_file(self._root / self._array.path, chunk, self.ndim)
 
     def __len__(self) -> int:
@@ -399,7 +403,7 @@ class StoredArray:
         chunks = np.unique(rows // self._array.chunks[0])
         # Zarr takes a missing chunk for one that was never written, and fills it in.
         for chunk in chunks:
-            if not self._file(chunk).exists():
+            if chunk not in self._there if self._there else not self._file(chunk).exists():
                 raise self._damaged(chunk, "is missing")
         try:
             return np.asarray(read())
@@ -441,13 +445,23 @@ def _zarr() -> Any:
     return zarr
 
 
-def _has_manifest(path: pathlib.Path) -> bool:
+def _group(path: Any, mode: Literal["r", "r+", "a"]) -> Any:
+    """Opens the Zarr group of a store."""
+    zarr = _zarr()
+    if not is_local(path):
+        path = zarr.storage.FsspecStore.from_url(
+            str(path), storage_options=dict(path.storage_options), read_only=mode == "r"
+        )
+    return zarr.open_group(path, mode=mode, zarr_format=3)
+
+
+def _has_manifest(path: Any) -> bool:
     if not (path / "zarr.json").exists():
         return False
-    return _MANIFEST in _zarr().open_group(path, mode="r", zarr_format=3).attrs
+    return _MANIFEST in _group(path, "r").attrs
 
 
-def _is_ours(path: pathlib.Path) -> bool:
+def _is_ours(path: Any) -> bool:
     """Whether a directory is a store, or one whose making was interrupted."""
     names = [file.name for file in path.iterdir()] if path.is_dir() else [""]
     own = re.compile(r"zarr\.(json|\w+\.partial)|(tap|labels|weights|predictions)(_\d{3}_.*)?")
@@ -480,10 +494,10 @@ def _subset_key(tap_key: str) -> str:
 
 
 def _make_arrays(
-    path: pathlib.Path, manifest: Mapping[str, Any], subsets: Mapping[str | None, np.ndarray]
+    path: Any, manifest: Mapping[str, Any], subsets: Mapping[str | None, np.ndarray]
 ) -> None:
     """Makes a group with empty arrays; its manifest comes last, so that it says they are there."""
-    group = _zarr().open_group(path, mode="a", zarr_format=3)
+    group = _group(path, "a")
     rows, chunk_rows = manifest["rows"] or 0, manifest["chunk_rows"]
     for (kind, name), key in _keys(manifest).items():
         about: dict[str, Any] = {kind: name}
@@ -534,8 +548,15 @@ def _make(
         return group[key]
 
 
-def _chunk_file(array: pathlib.Path, chunk: int, ndim: int) -> pathlib.Path:
+def _chunk_file(array: Any, chunk: int, ndim: int) -> Any:
     return array.joinpath("c", str(chunk), *["0"] * (ndim - 1))
+
+
+def _chunks_there(array: Any) -> set[int]:
+    """Numbers of the chunks of an array that have a file."""
+    root = array / "c"
+    files = (str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
+    return {int(re.split(r"[/\\]", file)[0]) for file in files if not file.endswith(".partial")}
 
 
 def _differences(what: str, stored: Any, received: Any) -> Iterator[str]:

@@ -10,7 +10,6 @@ import json
 import pathlib
 import pickle
 import platform
-import shutil
 import tempfile
 import threading
 import uuid
@@ -25,6 +24,7 @@ from keras_probes.offline.store import JOBS, FeatureStore
 from keras_probes.offline.units import Numbers, Read, Unit
 from keras_probes.probes.targets import Target
 from keras_probes.results.schema import versions
+from keras_probes.storage import is_local, make_directory, remove
 
 _JOB, _MODEL = "job.pkl", "model.keras"
 _LOADING = threading.Lock()
@@ -54,7 +54,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def beside(store: FeatureStore, job: Job, model: keras.Model) -> Iterator[pathlib.Path]:
+def beside(store: FeatureStore, job: Job, model: keras.Model) -> Iterator[Any]:
     """Puts a job and its host beside a store, for as long as workers need them.
 
     Yields:
@@ -75,19 +75,20 @@ def beside(store: FeatureStore, job: Job, model: keras.Model) -> Iterator[pathli
             "functions that hold no open file, lock or model."
         ) from error
     address = store.path.absolute() / JOBS / uuid.uuid4().hex
-    address.mkdir(parents=True)
+    make_directory(address)
     try:
         if job.build is None:
             _save(model, address / _MODEL)
         (address / _JOB).write_bytes(pickle.dumps((_versions(), pickled)))
         yield address
     finally:
-        shutil.rmtree(address, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            address.parent.rmdir()  # of the last driver
+        remove(address)
+        if is_local(address):
+            with contextlib.suppress(OSError):
+                address.parent.rmdir()  # of the last driver
 
 
-def extract_chunk(address: pathlib.Path, unit: Unit) -> int:
+def extract_chunk(address: Any, unit: Unit) -> int:
     """Runs a host over the examples of a chunk, unless that is there and whole.
 
     Args:
@@ -107,14 +108,14 @@ def extract_chunk(address: pathlib.Path, unit: Unit) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _worker(address: pathlib.Path) -> "_Worker":
+def _worker(address: Any) -> "_Worker":
     return _Worker(address)
 
 
 class _Worker:
     """A host in a worker's process, ready for one chunk after another."""
 
-    def __init__(self, address: pathlib.Path):
+    def __init__(self, address: Any):
         theirs, pickled = pickle.loads((address / _JOB).read_bytes())
         if theirs != _versions():
             raise ValueError(
@@ -122,13 +123,22 @@ class _Worker:
                 f"{theirs} there, {_versions()} here. Install the same everywhere."
             )
         self._job: Job = pickle.loads(pickled)
-        model = _load(address / _MODEL) if self._job.build is None else self._job.build()
+        model = self._host(address) if self._job.build is None else self._job.build()
         self._preprocess = getattr(model, "preprocess_samples", None)
         asked = self._job.asked
         self._prepared = Prepared(asked.plan(model), asked, self._job.targets)
         about = json.loads(json.dumps(self._prepared.about()))
         path = address.parents[1]
         self._store = FeatureStore.create(path, {**self._job.manifest, **about}, {})
+
+    def _host(self, address: Any) -> keras.Model:
+        try:  # the driver's own model, so that its functions are safe
+            return load_host(address / _MODEL, safe_mode=False)
+        except Exception as error:
+            raise ValueError(
+                f"A worker could not load the model: {error!r}. Pass a function that builds it, "
+                "weights and all, in place of the model."
+            ) from error
 
     def extract(self, unit: Unit) -> int:
         """As `extract_chunk`."""
@@ -153,7 +163,7 @@ def _versions() -> dict[str, str]:
     return {"python": ".".join(platform.python_version_tuple()[:2]), **versions()}
 
 
-def _save(model: keras.Model, path: pathlib.Path) -> None:
+def _save(model: keras.Model, path: Any) -> None:
     with tempfile.TemporaryDirectory() as directory:
         file = pathlib.Path(directory) / _MODEL
         try:
@@ -167,14 +177,9 @@ def _save(model: keras.Model, path: pathlib.Path) -> None:
         path.write_bytes(file.read_bytes())
 
 
-def _load(path: pathlib.Path) -> keras.Model:
+def load_host(path: Any, safe_mode: bool = True) -> keras.Model:
+    """Loads a host from its `.keras` file, wherever that is."""
     with tempfile.TemporaryDirectory() as directory:
         file = pathlib.Path(directory) / _MODEL
         file.write_bytes(path.read_bytes())
-        try:  # the file is of the driver's own model, so that its functions are safe
-            return keras.saving.load_model(file, compile=False, safe_mode=False)
-        except Exception as error:
-            raise ValueError(
-                f"A worker could not load the model: {error!r}. Pass a function that builds it, "
-                "weights and all, in place of the model."
-            ) from error
+        return keras.saving.load_model(file, compile=False, safe_mode=safe_mode)

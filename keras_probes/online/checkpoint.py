@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_probes.results.files import replacing
 from keras_probes.results.record import ProbeResults
+from keras_probes.storage import replacing
 
 _FORMAT = 1
 _SETTINGS, _ARRAYS, _RESULTS = "settings.json", "arrays.npz", "results/"

@@ -4,7 +4,6 @@ In: a `ProbeResults`. Out: a directory with `probes.json`, the measures as CSV a
 npz, and back again. There is no pickle in it.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -12,10 +11,9 @@ import itertools
 import json
 import math
 import os
-import pathlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,6 +31,7 @@ from keras_probes.results.schema import (
     TapInfo,
     wilson_interval,
 )
+from keras_probes.storage import location, make_directory, replacing
 
 _MANIFEST = "probes.json"
 _FORMAT = 1
@@ -41,8 +40,8 @@ _ROW = tuple(field.name for field in dataclasses.fields(Row))
 
 def save(results: ProbeResults, directory: str | os.PathLike) -> None:
     """As `ProbeResults.save` says."""
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    there = location(directory)
+    make_directory(there)
     rows = pd.DataFrame([dataclasses.asdict(row) for row in results.rows], columns=list(_ROW))
     contents = {"measures": (rows.to_csv(index=False).encode(), "csv")}
     if results.probes:
@@ -62,7 +61,7 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
     for name, (content, ending) in contents.items():
         digest = hashlib.sha256(content).hexdigest()
         files[name] = {"name": f"{name}-{digest[:16]}.{ending}", "sha256": digest}
-        with replacing(directory / files[name]["name"]) as file:
+        with replacing(there / files[name]["name"]) as file:
             file.write(content)
     manifest = {
         "format": _FORMAT,
@@ -88,11 +87,11 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
         ],
         "class_names": results.class_names,
     }
-    with replacing(directory / _MANIFEST) as file:
+    with replacing(there / _MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode())
     kept = {file["name"] for file in files.values()}
     stale_ones = (
-        directory.glob(f"{name}-*")
+        there.glob(f"{name}-*")
         for name in contents.keys() | {"measures", "probes", "pairs", "details"}
     )
     for stale in itertools.chain(*stale_ones):
@@ -102,9 +101,9 @@ def save(results: ProbeResults, directory: str | os.PathLike) -> None:
 
 def load(directory: str | os.PathLike) -> ProbeResults:
     """As `ProbeResults.load` says."""
-    directory = pathlib.Path(directory)
+    there = location(directory)
     try:
-        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((there / _MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("format") != _FORMAT:
             raise ValueError(
                 f"Expected results of format {_FORMAT}. Received: format "
@@ -112,7 +111,7 @@ def load(directory: str | os.PathLike) -> ProbeResults:
                 "of keras_probes that wrote them."
             )
         contents = {
-            name: _read_whole(directory / file["name"], file["sha256"])
+            name: _read_whole(there / file["name"], file["sha256"])
             for name, file in manifest["files"].items()
         }
         probes = {}
@@ -145,18 +144,7 @@ def load(directory: str | os.PathLike) -> ProbeResults:
             f"files it names. Received: {str(directory)!r}; missing: {error.filename!r}."
         ) from error
     except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{directory / _MANIFEST} is damaged: {error!r}.") from error
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` once it is whole, and not before."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+        raise ValueError(f"{there / _MANIFEST} is damaged: {error!r}.") from error
 
 
 def _pairs(
@@ -233,7 +221,7 @@ def _of_today(frame: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
     return frame
 
 
-def _read_whole(path: pathlib.Path, digest: str) -> bytes:
+def _read_whole(path: Any, digest: str) -> bytes:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(

@@ -291,7 +291,8 @@ def test_the_example_of_a_frozen_model(tmp_path, digits):
     (x, y), (x_test, y_test) = digits
     np.savez(tmp_path / "images.npz", x_train=x[..., 0] * 255, y_train=y,
              x_test=x_test[..., 0] * 255, y_test=y_test)  # fmt: skip
-    arguments = ["--model", "model.keras", "--data", "images.npz", "--reduce", "auto"]
+    arguments = ["--model", "model.keras", "--data", "images.npz", "--reduce", "auto",
+                 "--workers", "1"]  # fmt: skip
     printed = run_example("frozen_model.py", tmp_path, *arguments)
     results = keras_probes.ProbeResults.load(tmp_path / "out")
     assert str(results) in printed
