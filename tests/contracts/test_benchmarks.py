@@ -97,3 +97,18 @@ def test_offline(what, size, promised):
 
 def test_import():
     assert run("overhead.py", "import", "--rounds", 1).startswith("import keras ")
+
+
+def test_scale():
+    printed = run("scale.py", "--images", 2048, "--rounds", 1, "--parts", "extraction", "storage")
+    for name in ("extraction, one process", "extraction, S3's", "reading"):
+        assert re.search(rf"^{name}.*: [\d.]+ \(", printed, re.MULTILINE), printed
+    # 2,048 images of 28 x 28, four bytes each: the workers read each of them once.
+    assert "bytes read by workers: 6,422,528, parts" in printed
+
+
+@pytest.mark.weekly
+def test_scale_of_fits_and_units():
+    printed = run("scale.py", "--images", 2048, "--rounds", 1, "--parts", "fits", "overhead")
+    assert re.search(r"^16 fits.*: [\d.]+ \(", printed, re.MULTILINE), printed
+    assert re.search(r"^3 units.*: [\d.]+ \(", printed, re.MULTILINE), printed

@@ -300,5 +300,13 @@ def test_the_example_of_a_frozen_model(tmp_path, digits):
     assert len(keras_probes.FeatureStore(tmp_path / "out" / "features-test")) == len(x_test)
 
 
+@pytest.mark.slow
+def test_the_example_of_a_cluster(tmp_path):
+    printed = run_example("cluster.py", tmp_path, "--quick")
+    assert "A node is lost." in printed
+    assert "other than those of one process: 0" in printed
+    assert "Measures are those of one process: True" in printed
+
+
 def test_the_version_is_in_the_changelog():
     assert f"## {keras_probes.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
