@@ -510,7 +510,19 @@ def own(history):
     return {key: values for key, values in history.items() if "probe" not in key}
 
 
-@pytest.mark.parametrize("name", CASES)
+# What others of these stand for.
+WEEKLY = [
+    "functional with branches", "shared layer, second call", "outputs in a list", "SimpleRNN",
+    "GRU", "Conv1D", "channels_first", "mixed_float16", "float64", "jit_compile=False",
+    "gradient_accumulation_steps", "clipnorm", "weight decay", "regularisers", "tf.data",
+    "PyDataset with workers", "validation_freq", "initial_epoch", "two optimizers",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.weekly if name in WEEKLY else ()) for name in CASES],
+)
 def test_errors_are_right_and_the_host_is_untouched(name):
     case = CASES[name]
     plain, plain_history = train(case)

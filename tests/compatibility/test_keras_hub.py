@@ -200,7 +200,7 @@ def fit(model, data, probes):
     model.fit(x, y, sample_weight=weights, validation_data=data, verbose=0, callbacks=[probes])
 
 
-@pytest.mark.parametrize("mode", ["shared", "isolated"])
+@pytest.mark.parametrize("mode", ["shared", pytest.param("isolated", marks=pytest.mark.weekly)])
 @pytest.mark.parametrize("make", [text_encoder, decoder, vision_transformer, resnet, segmenter])
 def test_a_host_of_each_kind(make, mode, tmp_path):
     host = make()
@@ -247,7 +247,7 @@ def test_a_segmenter_is_probed_for_what_its_images_are(mode, layers):
     assert loss_of(probes, tap) == pytest.approx(loss, **NEAR)
 
 
-@pytest.mark.parametrize("mode", ["shared", "isolated"])
+@pytest.mark.parametrize("mode", ["shared", pytest.param("isolated", marks=pytest.mark.weekly)])
 def test_a_language_model_with_lora_is_probed_for_what_its_texts_are(mode, tmp_path):
     """Its labels and weights are by token; the probe's own are one per text."""
     model, x = gpt2(), ["abca", "bbca", "cabc", "abab"] * 16
