@@ -15,17 +15,20 @@ from keras_probes import LinearProbeCallback
 def test_names():
     assert sorted(keras_probes.__all__) == [
         "AtPositions",
+        "Examples",
         "FeatureStore",
         "Flatten",
         "GlobalAverage",
         "LinearProbeCallback",
         "ProbeResults",
         "RandomFeatures",
+        "RayEngine",
         "SpatialPool",
         "Token",
         "diagnose",
         "extract_features",
         "fit_probes",
+        "image_folder",
         "plot_probed_model",
     ]
     assert all(hasattr(keras_probes, name) for name in keras_probes.__all__)
@@ -85,6 +88,10 @@ def test_an_import_loads_no_heavy_package():
     ).stdout
     loaded = json.loads(printed.splitlines()[-1])
     heavy = {
+        "cloudpickle",
+        "fsspec",
+        "ray",
+        "upath",
         "matplotlib",
         "plotly",
         "tensorboard",

@@ -61,6 +61,18 @@ DATA = {
 }
 
 
+class Recording(ThreadPoolExecutor):
+    """An executor that keeps what it was given."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.calls = []
+
+    def submit(self, function, *args):
+        self.calls.append(args)
+        return super().submit(function, *args)
+
+
 @pytest.mark.parametrize("kind", DATA)
 def test_any_data_make_the_bytes_of_one_process(kind, whole, tmp_path):
     extract(tmp_path / "s", DATA[kind](), engine=ThreadPoolExecutor(2))
@@ -93,6 +105,30 @@ def test_fits_are_those_of_one_process_bit_for_bit(engine, whole, capfd):
         np.testing.assert_array_equal(elsewhere_.probes[key].bias, probe.bias)
     for key, pairs in alone.pairs.items():
         np.testing.assert_array_equal(elsewhere_.pairs[key].moments, pairs.moments)
+
+
+def test_the_longest_fits_come_first_and_results_in_order(tmp_path):
+    target = {"digit": None, "even": lambda x, y: y % 2}
+    store = extract(
+        tmp_path / "s", layers=["dense", "out", "input"], target=target,
+        num_classes={"digit": 10, "even": 2},
+    )  # fmt: skip
+    engine = Recording()
+    results = fit_probes(store, engine=engine, verbose=False)
+    assert [call[1:] for call in engine.calls] == [
+        ("input", "digit"), ("dense", "digit"), ("input", "even"), ("out", "digit"),
+        ("dense", "even"), ("out", "even"),
+    ]  # fmt: skip
+    assert [tap.name for tap in results.taps] == ["input", "dense", "out"]
+    assert results.frame().equals(fit_probes(store, verbose=False).frame())
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_an_executor_of_another_library(kind, whole, tmp_path):
+    """Its processes are its own, so that all that they are given is pickled."""
+    loky = pytest.importorskip("joblib.externals.loky")
+    extract(tmp_path / "s", DATA[kind](), engine=loky.get_reusable_executor(1))
+    assert contents(tmp_path / "s") == contents(whole)
 
 
 @pytest.mark.parametrize("sizes", [[50] * 42 + [30], [700, 700, 730], [30] * 71, [2000, 130]])
