@@ -246,22 +246,17 @@ def test_what_the_other_examples_have_taught_stays():
 
 
 def test_a_search_is_not_stuck_where_fits_take_longer_than_there_are_passes():
-    """Many classes, and features that vary together: the best penalty is far below the first."""
+    """Many classes, and features that vary together: the first penalty would take them all."""
     rng = np.random.default_rng(0)
-    classes, d, n = 200, 64, 2000
+    classes, d, n = 500, 64, 2400
     labels = rng.integers(0, classes, n)
-    mixed = np.linalg.qr(rng.normal(size=(d, d)))[0] * np.logspace(0, -2, d)[:, None]
+    turned, again = (np.linalg.qr(rng.normal(size=(d, d)))[0] for _ in range(2))
+    mixed = turned * np.logspace(0, -3, d)[:, None] @ again
     z = (rng.normal(size=(classes, d))[labels] + 0.1 * rng.normal(size=(n, d))) @ mixed
-    z = (z / z.std(axis=0)).astype("float32") / 8
-    held, n = slice(1600, 2000), 1600
-    found = refitted(z[:n], labels[:n], np.zeros((d + 1, classes)), passes=12)
+    z = (z / z.std(axis=0)).astype("float32")
+    found = refitted(z, labels, np.zeros((d + 1, classes)), passes=12)
     assert found.l2[0] < PENALTIES[FIRST_PENALTY]
-    of_first = refitted(z[:n], labels[:n], np.zeros((d + 1, classes)), l2=1e-4, epoch=1, passes=30)
-    now, then = (
-        cross_entropy(z[held], labels[held], *split(fit.weights[0])) for fit in (found, of_first)
-    )
-    assert now < 0.8 * then
-    assert found.after[0] > TOL  # it is far from the optimum, and says so
+    assert found.after[0] < 0.1  # of 6.2 nats; with the first penalty alone it is 0.28
 
 
 def test_a_walk_finds_the_lowest_place_of_each_probe():
