@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 # Each example is a random host that is trained twice: what fails is shown as it was found.
 _RANDOM = {"deadline": None, "phases": (Phase.explicit, Phase.reuse, Phase.generate)}
-settings.register_profile("few", max_examples=8, derandomize=True, **_RANDOM)
+settings.register_profile("few", max_examples=4, derandomize=True, **_RANDOM)
 settings.register_profile("many", max_examples=200, **_RANDOM)
 settings.load_profile("few")
 

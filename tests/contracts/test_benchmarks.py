@@ -54,7 +54,8 @@ def test_overhead_of_a_process(what):
 
 @pytest.mark.parametrize(
     ("host", "how"),
-    [("mnist", ("--reduce", "gap")), ("cifar", ("--reduce", "random", "--mode", "isolated")),
+    [("mnist", ("--reduce", "gap")),
+     pytest.param("cifar", ("--reduce", "random", "--mode", "isolated"), marks=pytest.mark.weekly),
      pytest.param("cifar", ("--reduce", "gap", "--refit", "0"), marks=pytest.mark.weekly)],
 )  # fmt: skip
 def test_tracking(images, tmp_path, host, how):
@@ -69,7 +70,9 @@ def test_tracking(images, tmp_path, host, how):
     assert figure.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("options", [("--jit",), ("--classes", "20")])
+@pytest.mark.parametrize(
+    "options", [pytest.param(("--jit",), marks=pytest.mark.weekly), ("--classes", "20")]
+)
 def test_fit_cost(options):
     size = ("--images", 96, "--validation", 16, "--epochs", 2, "--rounds", 1)
     printed = run("fit_cost.py", "convnet", *size, *options, "--variants", "auto", "online")
