@@ -118,6 +118,7 @@ def extract_features(
     first = next(iterator, None)
     if first is None:
         raise ValueError("The data are empty. Expected at least one example.")
+    in_order = itertools.chain([first], iterator)
     each, size = prepared.rows_each, examples_in(first)
     per_chunk = math.ceil(CHUNK_ROWS / (size * each))
     manifest = {
@@ -143,9 +144,9 @@ def extract_features(
     store = FeatureStore.create(path, manifest, prepared.subsets())
     with _progress(batches.rows, verbose) as progress:
         if engine is None:
-            rows = _extract_here(store, prepared, itertools.chain([first], iterator), progress)
+            rows = _extract_here(store, prepared, in_order, progress)
         else:
-            units = Units(data, batches, size, per_chunk)
+            units = Units(data, batches.rows, in_order, size, per_chunk)
             job = Job(asked, targets, build, units.numbered, batch_size, manifest)
             try:
                 _extract_on(engine, store, job, host, units, progress)

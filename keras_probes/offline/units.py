@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from keras_probes.taps.batches import Batches, batches_of, examples_in
+from keras_probes.taps.batches import batches_of, examples_in
 
 Preprocess = Callable[..., Any] | None
 
@@ -88,7 +88,8 @@ class Units:
 
     Args:
         data: As `extract_features` takes them.
-        batches: The same, read as batches.
+        examples: How many there are, if they are arrays; else `None`.
+        in_order: The batches, for data that have no numbers.
         size: Number of examples of a batch.
         per_chunk: Number of batches of a chunk.
 
@@ -97,10 +98,17 @@ class Units:
         examples: How many examples there are, as far as that is known.
     """
 
-    def __init__(self, data: Any, batches: Batches, size: int, per_chunk: int):
-        self._data, self._batches = data, batches
+    def __init__(
+        self,
+        data: Any,
+        examples: int | None,
+        in_order: Iterable[Any],
+        size: int,
+        per_chunk: int,
+    ):
+        self._data, self._in_order = data, in_order
         self._size, self._per_chunk = size, per_chunk
-        self.examples = batches.rows
+        self.examples = examples
         self.numbered = data if self.examples is None and _has_numbers(data) else None
         if self.numbered is not None:
             last = len(data) - 1
@@ -109,7 +117,7 @@ class Units:
     def __iter__(self) -> Iterator[Unit]:
         if self.numbered is not None:
             return self._by_number()
-        return self._in_order() if self.examples is None else self._sliced(self.examples)
+        return self._read() if self.examples is None else self._sliced(self.examples)
 
     def _sliced(self, examples: int) -> Iterator[Unit]:
         step = self._size * self._per_chunk
@@ -126,12 +134,12 @@ class Units:
             stop = min(total, start + self._per_chunk)
             yield Unit(chunk, Numbers(start, stop, self._size, total - 1))
 
-    def _in_order(self) -> Iterator[Unit]:
+    def _read(self) -> Iterator[Unit]:
         self.examples = 0
         size = self._size * self._per_chunk
         chunk, skip = 0, 0
         held: list[Any] = []
-        for batch in self._batches.dataset:
+        for batch in self._in_order:
             held.append(batch)
             self.examples += examples_in(batch)
             while (over := self.examples - size * (chunk + 1)) >= 0:
