@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
+import ray
 from engines import calls
 
 from keras_probes import RayEngine
@@ -25,21 +26,13 @@ OTHERS = ["processes", "ray"]  # whose workers can die
 
 
 @pytest.fixture(scope="module", autouse=True)
-def importable_by_workers():
-    """Ray's workers look where this variable says, those of a pool where `sys.path` says."""
+def cluster():
+    """A cluster that is there before the engine, whose workers import what tests do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
         yield
-
-
-@pytest.fixture
-def cluster():
-    """A cluster that is there before the engine."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield ray
-    ray.shutdown()
+        ray.shutdown()
 
 
 def outcomes(engine, function, *more, n=6):
@@ -146,23 +139,18 @@ def test_what_is_no_engine():
         check_engine(8)
 
 
-def test_gpus_that_are_not_there():
-    with pytest.raises(ValueError, match="Expected GPUs for the workers.*there are 0"):
-        list(run(RayEngine(1, gpus=1), calls.double, [(1,)]))
-
-
-def test_a_cluster_of_ones_own_is_left_running(cluster):
+def test_a_cluster_of_ones_own_is_left_running():
     assert len(outcomes(RayEngine(2), calls.double)[0]) == 6
-    assert cluster.is_initialized()
+    assert ray.is_initialized()
 
 
-def test_an_actor_that_ray_kills_is_replaced(cluster):
+def test_an_actor_that_ray_kills_is_replaced():
     with RayEngine(2).started() as workers:
         workers.submit(calls.slow, 0).result()
         killed = next(iter(workers._calls))
-        cluster.kill(killed)
+        ray.kill(killed)
         for number in range(6):  # the calls that came to it are lost; `run` tries them again
-            with contextlib.suppress(cluster.exceptions.RayActorError):
+            with contextlib.suppress(ray.exceptions.RayActorError):
                 assert workers.submit(calls.slow, number).result() == number
         while len(workers._calls) < 2:
             time.sleep(0.1)
