@@ -148,11 +148,12 @@ def extract_features(
         else:
             units = Units(data, batches.rows, in_order, size, per_chunk)
             job = Job(asked, targets, build, units.numbered, batch_size, manifest)
+            was_complete = store.complete
             try:
                 _extract_on(engine, store, job, host, units, progress)
             except RuntimeError:
-                if FeatureStore(path).complete:  # by another call, which cleared up behind it
-                    return FeatureStore(path)
+                if not was_complete and FeatureStore(path).complete:
+                    return FeatureStore(path)  # by another call, which cleared up behind it
                 raise
             rows = each * (units.examples or 0)
     store.finish(rows)
