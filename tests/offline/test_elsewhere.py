@@ -175,7 +175,7 @@ def test_other_labels_are_refused(whole):
     assert contents(whole) == before
 
 
-@pytest.mark.parametrize("engine", ["processes", "ray"])
+@pytest.mark.parametrize("engine", ["processes", pytest.param("ray", marks=pytest.mark.weekly)])
 def test_a_worker_that_is_killed_in_the_middle_of_a_chunk(engine, whole, tmp_path):
     (tmp_path / "marks").mkdir()
     data = elsewhere.Batches(tmp_path / "marks", killer=25)
