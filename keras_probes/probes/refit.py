@@ -136,6 +136,9 @@ def refit(
             each=math.ceil(passes / TRIALS) if counted else None,
             step=FIRST_STEP if first and counted else 1, gain=0.0 if first else GAIN,
         )  # fmt: skip
+        if not counted:  # of a host that has not changed, probes stay what they are
+            stays = np.isclose(penalties, l2, rtol=1e-3)[:, None, None]
+            found = np.where(stays, begin, found)
     # The first probes there are come of a few steps, and stand for nothing.
     trust = np.where(l2 > 0, OTHERS * (1.0 - kept), 0.0)
     tol = min(tol, FINE_TOL) if z.shape[2] <= NARROW else tol
