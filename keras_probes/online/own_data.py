@@ -191,7 +191,7 @@ class OwnDataProbes(HostProbes):
             examples = max(examples, len(rows) // snapshot.probes.rows_per_example)
             snapshot.probes.refit(
                 rows.features, rows.labels, rows.weights, kept=1.0, passes=None, tol=TOL,
-                seed=self._settings.seed, progress=progress,
+                epoch=self.measurements, seed=self._settings.seed, progress=progress,
                 spectra=spectra and snapshot.plan is self.plan,  # as it is now
             )  # fmt: skip
             _test(snapshot, rows)

@@ -108,7 +108,7 @@ def refit(
         kept: Share of the epoch's examples that are in the sample, above 0 to 1.
         passes: About how many passes over the sample to take; half as many more after a search, and
             `FIRST_PASSES` times as many in the first refit. None for as many as it takes:
-            penalties are then compared one by one, by up to `COMPARED` examples.
+            penalties are then compared one by one, by up to `COMPARED` examples, always the same.
         epoch: Number of the epoch: when penalties are looked at, and by which examples.
         seed: Seed of these examples' draw.
         together: How many rows in a row are of one example, and are held out together.
@@ -129,7 +129,8 @@ def refit(
     if first or epoch % SEARCH_EVERY == 0:
         rows = np.arange(z.shape[1]).reshape(-1, together)
         rows = rows[np.any(weights.numpy()[:, rows], axis=(0, 2))]  # of examples that count
-        order = np.random.default_rng((seed, epoch)).permutation(len(rows))
+        draw = np.random.default_rng((seed, epoch if counted else 0))
+        order = draw.permutation(len(rows))
         folds = _folds(rows[order], 1 if counted else COMPARED)
         penalties, found = _searched(
             whole, folds, begin, l2, max_passes=passes, tol=min(tol, FINE_TOL),
